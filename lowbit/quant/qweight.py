@@ -1,0 +1,129 @@
+"""A quantized weight as it is stored, and its way back to floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quant.double_quant import DoubleQuantizedScales
+from lowbit.quant.grid import Grid
+from lowbit.quant.packing import pack, unpack
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The stored tensors of one weight `[out_features, in_features]`.
+
+    Args:
+        scheme: what the tensors mean.
+        in_features: columns of the weight (the packed row is padded to a word).
+        packed: int32 `[out_features, words]`, see `quant/packing.py`.
+        scale: scale dtype `[out_features, groups]`, or uint8 codes under double quantization.
+        zero_point: int32 `[ceil(out_features * bits / 32), groups]`, packed along out_features.
+        scale_offset: bf16 `[blocks]`, see `quant/double_quant.py`.
+        scale_step: bf16 `[blocks]`.
+    """
+
+    scheme: Scheme
+    in_features: int
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    scale_offset: Tensor | None = None
+    scale_step: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.packed.shape[0], self.in_features
+
+    @staticmethod
+    def from_codes(codes: Tensor, grid: Grid) -> QuantizedWeight:
+        """Returns the packed form of int8 `codes` `[out_features, in_features]` on `grid`."""
+        scheme, dq = grid.scheme, grid.double_quantized
+        zero_point = None
+        if grid.zeros is not None:
+            zeros_GN = grid.zeros.to(torch.int8).T
+            zero_point = pack(zeros_GN, scheme.bits).T.contiguous()
+        return QuantizedWeight(
+            scheme=scheme,
+            in_features=codes.shape[1],
+            packed=pack(codes, scheme.bits),
+            scale=dq.codes if dq else grid.scales.to(scheme.torch_scale_dtype),
+            zero_point=zero_point,
+            scale_offset=dq.offset if dq else None,
+            scale_step=dq.step if dq else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the stored tensors by the names of `Scheme.tensor_specs`."""
+        named = {
+            "weight_packed": self.packed,
+            "weight_scale": self.scale,
+            "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
+            "weight_zero_point": self.zero_point,
+            "weight_scale_offset": self.scale_offset,
+            "weight_scale_step": self.scale_step,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @staticmethod
+    def from_tensors(
+        scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor], name: str = "weight"
+    ) -> QuantizedWeight:
+        """Returns the weight that `tensors` hold, after checking every shape and dtype.
+
+        Raises:
+            LowbitError: naming the tensor that is missing or does not fit the scheme.
+        """
+        for suffix, (size, dtype) in scheme.tensor_specs(shape).items():
+            found = tensors.get(suffix)
+            if found is None:
+                raise LowbitError(f"{name}: scheme {scheme} needs the tensor {suffix}, not found")
+            if tuple(found.shape) != size or found.dtype != dtype:
+                raise LowbitError(
+                    f"{name}: {suffix} is {found.dtype} {list(found.shape)}, but scheme {scheme} "
+                    f"of a {list(shape)} weight needs {dtype} {list(size)}"
+                )
+        return QuantizedWeight(
+            scheme=scheme,
+            in_features=shape[1],
+            packed=tensors["weight_packed"],
+            scale=tensors["weight_scale"],
+            zero_point=tensors.get("weight_zero_point"),
+            scale_offset=tensors.get("weight_scale_offset"),
+            scale_step=tensors.get("weight_scale_step"),
+        )
+
+    def codes(self) -> Tensor:
+        """Returns the int8 codes `[out_features, in_features]`."""
+        return unpack(self.packed, self.scheme.bits, self.in_features)
+
+    def grid(self) -> Grid:
+        """Returns the scales and zero points, decoded to float32."""
+        scheme, dq = self.scheme, None
+        if scheme.double_quant:
+            assert self.scale_offset is not None
+            assert self.scale_step is not None
+            dq = DoubleQuantizedScales(
+                self.scale, self.scale_offset, self.scale_step, scheme.signed_scales
+            )
+        scales = dq.decode(scheme.torch_scale_dtype) if dq else self.scale.float()
+        zeros = None
+        if self.zero_point is not None:
+            zeros = unpack(self.zero_point.T, scheme.bits, self.shape[0]).T.float()
+        return Grid(scheme, self.in_features, scales, zeros, dq)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weights `[out_features, in_features]`: fp32 arithmetic, one cast to `dtype`."""
+        return self.grid().dequantize(self.codes()).to(dtype)
+
+    def dequantize_rows(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weights of `rows` (int64 `[n]`) alone, `[n, in_features]` (embeddings)."""
+        codes = unpack(self.packed[rows], self.scheme.bits, self.in_features)
+        return self.grid().rows(rows).dequantize(codes).to(dtype)

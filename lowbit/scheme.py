@@ -1,0 +1,233 @@
+"""A quantization scheme: what is stored for one weight matrix, and nothing about how it was chosen.
+
+A scheme is a frozen value with a canonical string. The grammar, parts after the first in any order:
+
+    W<bits>A16 [_ASYM] [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
+    NF4 | FP4          [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
+
+`W4A16` means groups of 128 input features, `NF4` and `FP4` groups of 64 (the QLoRA block), scales
+in fp16. `_DQ` stores the scales themselves in 8 bits (see `quant/double_quant.py`).
+
+Integer codes are signed, `-2^(bits-1) ... 2^(bits-1) - 1`. A symmetric scheme uses that whole range:
+the scale carries a sign, so that the larger extreme of a group always lands on the one extra code.
+A codebook's codes are table indices shifted by -8, so that packing treats all schemes alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit.errors import LowbitError, unknown_name
+
+INTEGER_BITS = (2, 3, 4, 8)
+MIN_GROUP_SIZE = 16
+MAX_GROUP_SIZE = 256
+DOUBLE_QUANT_BLOCK = 256
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP32": torch.float32,
+}
+
+# NF4: quantiles of the standard normal, normalised to [-1, 1] (QLoRA, Dettmers et al. 2023, app. E).
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# FP4 E2M1 (OCP Microscaling Formats v1.0, table 5): index = sign, exponent, mantissa bits.
+FP4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The storage of a weight matrix `[out_features, in_features]`.
+
+    Args:
+        bits: width of one code; 2, 3, 4 or 8 for integers, 4 for a codebook.
+        group_size: input features that share a scale, 16 to 256, or None for one group per output
+            channel. The last group of a row is short where the size does not divide in_features.
+        symmetric: no zero points; False stores one integer zero point per group.
+        codebook: None for integers, "nf4" or "fp4" for a table of 16 values.
+        scale_dtype: the dtype every scale is exactly representable in: "FP16", "BF16", "FP32".
+        double_quant: store scales as 8-bit codes.
+
+    Raises:
+        LowbitError: for a combination that does not exist.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+    codebook: str | None = None
+    scale_dtype: str = "FP16"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codebook is None and self.bits not in INTEGER_BITS:
+            raise LowbitError(f"scheme: {self.bits} bits are not supported; use 2, 3, 4 or 8")
+        if self.codebook is not None:
+            if self.codebook not in CODEBOOKS:
+                raise unknown_name("codebook", self.codebook, CODEBOOKS)
+            if self.bits != 4 or not self.symmetric:
+                raise LowbitError(f"scheme: codebook {self.codebook} is 4 bits without zero points")
+        size = self.group_size
+        if size is not None and not (
+            isinstance(size, int) and MIN_GROUP_SIZE <= size <= MAX_GROUP_SIZE and size % 8 == 0
+        ):
+            raise LowbitError(
+                f"scheme: group size {size} is not supported; use a multiple of 8 from "
+                f"{MIN_GROUP_SIZE} to {MAX_GROUP_SIZE}, for example 32, 64 or 128, or one group "
+                "per channel"
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise unknown_name("scale dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @staticmethod
+    def parse(text: str | Scheme) -> Scheme:
+        """Returns the scheme that `text` names, for example `W4A16_G64` (case does not matter).
+
+        Raises:
+            LowbitError: naming the nearest valid scheme.
+        """
+        return text if isinstance(text, Scheme) else _parse(text)
+
+    def __str__(self) -> str:
+        parts = [self.codebook.upper() if self.codebook else f"W{self.bits}A16"]
+        if not self.symmetric:
+            parts.append("ASYM")
+        if self.group_size is None:
+            parts.append("CHANNEL")
+        elif self.group_size != _default_group_size(self.codebook):
+            parts.append(f"G{self.group_size}")
+        if self.scale_dtype != "FP16":
+            parts.append(self.scale_dtype)
+        if self.double_quant:
+            parts.append("DQ")
+        return "_".join(parts)
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code, -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """The largest code, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The codebook's values by table index, or None for integers."""
+        return CODEBOOKS[self.codebook] if self.codebook else None
+
+    @property
+    def signed_scales(self) -> bool:
+        """True where a scale may be negative: symmetric integers, whose range is lopsided."""
+        return self.codebook is None and self.symmetric
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """The dtype in which every scale is exact."""
+        return SCALE_DTYPES[self.scale_dtype]
+
+    def group_width(self, in_features: int) -> int:
+        """Returns the input features of a full group."""
+        return in_features if self.group_size is None else min(self.group_size, in_features)
+
+    def groups(self, in_features: int) -> int:
+        """Returns the number of groups in a row, the short last one included."""
+        return math.ceil(in_features / self.group_width(in_features))
+
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns name -> (shape, dtype) of every tensor stored for a weight `[out, in]`.
+
+        Names and layout are compressed-tensors' `pack-quantized`; `weight_scale_offset` and
+        `weight_scale_step` are ours (double quantization).
+        """
+        out_features, in_features = shape
+        groups = self.groups(in_features)
+        specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight_packed": ((out_features, math.ceil(in_features * self.bits / 32)), torch.int32),
+            "weight_scale": ((out_features, groups), self.torch_scale_dtype),
+            "weight_shape": ((2,), torch.int64),
+        }
+        if not self.symmetric:
+            words = math.ceil(out_features * self.bits / 32)
+            specs["weight_zero_point"] = ((words, groups), torch.int32)
+        if self.double_quant:
+            blocks = math.ceil(out_features * groups / DOUBLE_QUANT_BLOCK)
+            specs["weight_scale"] = ((out_features, groups), torch.uint8)
+            specs["weight_scale_offset"] = ((blocks,), torch.bfloat16)
+            specs["weight_scale_step"] = ((blocks,), torch.bfloat16)
+        return specs
+
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Returns the bytes of every tensor stored for a weight `[out, in]`."""
+        return sum(
+            math.prod(size) * dtype.itemsize for size, dtype in self.tensor_specs(shape).values()
+        )
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Returns stored bits divided by weights: codes, padding, scales, zero points, shape."""
+        return 8 * self.stored_bytes(shape) / math.prod(shape)
+
+
+def _default_group_size(codebook: str | None) -> int:
+    return 128 if codebook is None else 64
+
+
+_EXAMPLES = ("W8A16", "W4A16", "W4A16_G64", "W4A16_ASYM_G64", "W3A16_G64", "W2A16_G64", "NF4", "NF4_DQ",
+             "FP4", "W4A16_G64_DQ", "W8A16_CHANNEL")  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text: str) -> Scheme:
+    if not isinstance(text, str):
+        raise LowbitError(f"a scheme is a string such as W4A16_G64, got {text!r}")
+    head, *rest = text.strip().upper().split("_")
+    weights_only = re.fullmatch(r"W(\d+)A(\d+)", head)
+    fields: dict[str, Any] = {}
+    if head.lower() in CODEBOOKS:
+        fields["codebook"] = head.lower()
+    elif weights_only and weights_only[2] == "16":
+        fields["bits"] = int(weights_only[1])
+    elif weights_only:
+        raise LowbitError(
+            f"scheme {text!r}: activations of {weights_only[2]} bits are not supported; "
+            f"weight-only schemes end in A16, for example W{weights_only[1]}A16"
+        )
+    else:
+        raise unknown_name("scheme", text, _EXAMPLES)
+    fields["group_size"] = _default_group_size(fields.get("codebook"))
+    seen: set[str] = set()
+    for part in rest:
+        group = re.fullmatch(r"G(\d+)", part)
+        if group:
+            kind, value = "group_size", {"group_size": int(group[1])}
+        elif part == "CHANNEL":
+            kind, value = "group_size", {"group_size": None}
+        elif part == "ASYM":
+            kind, value = "symmetric", {"symmetric": False}
+        elif part in SCALE_DTYPES:
+            kind, value = "scale_dtype", {"scale_dtype": part}
+        elif part == "DQ":
+            kind, value = "double_quant", {"double_quant": True}
+        else:
+            raise unknown_name("scheme", text, _EXAMPLES)
+        if kind in seen:
+            raise LowbitError(f"scheme {text!r} gives its {kind} twice; keep one")
+        seen.add(kind)
+        fields.update(value)
+    return Scheme(**fields)
