@@ -1,0 +1,1 @@
+"""Calibration: documents, token windows and the statistics gathered on them."""
