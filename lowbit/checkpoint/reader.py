@@ -1,0 +1,299 @@
+"""A Hugging Face checkpoint, checked before use and read one tensor at a time.
+
+Nothing in a checkpoint is trusted: names in the index may not leave the directory, every header is
+held against the size of its file, and only safetensors are read (a pickle can run code). Tensors are
+read with plain file reads instead of a memory map, so that what was read does not stay in the
+resident set of a process that must stay below a memory limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quant import QuantizedWeight
+from lowbit.scheme import Scheme
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# The safetensors library refuses longer headers too.
+MAX_HEADER_BYTES = 100_000_000
+HASH_CHUNK_BYTES = 1 << 22
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: bytes `begin ... end - 1` of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self) -> Tensor:
+        """Returns the tensor, freshly allocated on the CPU."""
+        buffer = bytearray(self.end - self.begin)
+        if not buffer:
+            return torch.empty(self.shape, dtype=self.dtype)
+        with self.file.open("rb") as handle:
+            handle.seek(self.begin)
+            got = handle.readinto(buffer)
+        if got != len(buffer):
+            raise LowbitError(
+                f"{self.file}: tensor {self.name!r} ends after {got} of {len(buffer)} bytes; "
+                "the file changed while it was read, fetch it again"
+            )
+        return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
+
+
+class Checkpoint:
+    """A local checkpoint directory. Construct it with `Checkpoint.open`.
+
+    Attributes:
+        path: the directory.
+        config: the parsed `config.json`.
+        entries: tensor name -> `TensorEntry`, in the order of files and offsets.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
+        self.path, self.config, self.entries = path, config, entries
+
+    @staticmethod
+    def open(path: str | Path) -> Checkpoint:
+        """Returns the checkpoint at `path` after checking every header and size.
+
+        Raises:
+            LowbitError: for a path that is no checkpoint, pickled weights, a missing or truncated
+                shard, an index that points outside the directory, a header that does not fit.
+        """
+        directory = Path(path)
+        if not directory.exists():
+            raise LowbitError(f"{directory}: no such directory; give the folder of a checkpoint")
+        if not directory.is_dir():
+            raise LowbitError(f"{directory}: is a file; give the folder that holds config.json")
+        config = read_json(directory / "config.json", "a Hugging Face checkpoint has one")
+        if "model_type" not in config:
+            raise LowbitError(f"{directory / 'config.json'}: has no model_type, so no model is known")
+        entries: dict[str, TensorEntry] = {}
+        weight_map = _weight_map(directory)
+        for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE_NAME]:
+            for entry in read_header(directory / file_name):
+                if entry.name in entries:
+                    other = entries[entry.name].file.name
+                    raise LowbitError(
+                        f"{directory}: tensor {entry.name!r} is in both {other} and {file_name}; "
+                        "keep one"
+                    )
+                entries[entry.name] = entry
+        for name, file_name in (weight_map or {}).items():
+            if name not in entries or entries[name].file.name != file_name:
+                raise LowbitError(
+                    f"{directory / INDEX_NAME}: says that {file_name} holds {name!r}, but it does "
+                    "not; fetch the checkpoint again"
+                )
+        return Checkpoint(directory, config, entries)
+
+    def files(self) -> list[Path]:
+        """Returns the safetensors files, sorted by name."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def verify(self, advance: Callable[[int], None] | None = None) -> dict[str, str]:
+        """Returns file name -> SHA-256 of every weight file, after reading every weight once.
+
+        Args:
+            advance: told the bytes of every chunk that was read.
+
+        Raises:
+            LowbitError: naming a tensor that holds NaN or Inf.
+        """
+        by_file: dict[Path, list[TensorEntry]] = {file: [] for file in self.files()}
+        for entry in self.entries.values():
+            by_file[entry.file].append(entry)
+        return {file.name: _verify_file(file, by_file[file], advance) for file in by_file}
+
+
+def _verify_file(
+    file: Path, entries: list[TensorEntry], advance: Callable[[int], None] | None
+) -> str:
+    """Returns the SHA-256 of `file`; `entries` are its tensors in file order, without holes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        digest.update(handle.read(entries[0].begin if entries else -1))
+        for entry in entries:
+            remaining = entry.end - entry.begin
+            while remaining:
+                chunk = bytearray(handle.read(min(remaining, HASH_CHUNK_BYTES)))
+                digest.update(chunk)
+                _require_finite(torch.frombuffer(chunk, dtype=entry.dtype), entry)
+                remaining -= len(chunk)
+                if advance is not None:
+                    advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _require_finite(values: Tensor, entry: TensorEntry) -> None:
+    if not values.is_floating_point():
+        return
+    low, high = torch.aminmax(values)  # NaN propagates; one pass, nothing allocated
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        kind = "NaN" if torch.isnan(low) else "Inf"
+        raise LowbitError(
+            f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is broken, "
+            "fetch it again"
+        )
+
+
+def read_json(file: Path, needed: str) -> dict[str, Any]:
+    """Returns the object in `file`.
+
+    Raises:
+        LowbitError: if it is missing (with `needed` as the reason) or not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LowbitError(f"{file}: not found; {needed}") from None
+    except OSError as error:
+        raise LowbitError(f"{file}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LowbitError(f"{file}: is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise LowbitError(f"{file}: holds a JSON {type(content).__name__}, needed an object")
+    return content
+
+
+def file_digest(file: Path) -> str:
+    """Returns the SHA-256 of a file as hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Returns tensor name -> file name of a sharded checkpoint, None for a single file."""
+    index = directory / INDEX_NAME
+    if not index.exists():
+        if (directory / SINGLE_NAME).exists():
+            return None
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        if pickles:
+            raise LowbitError(
+                f"{directory}: holds pickled weights ({pickles[0]}), which can run code when read; "
+                "convert them to safetensors first (save_pretrained does)"
+            )
+        raise LowbitError(
+            f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}; give a complete checkpoint"
+        )
+    weight_map = read_json(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LowbitError(f"{index}: has no weight_map; fetch it again")
+    for name, file_name in weight_map.items():
+        # A plain file name only: no separator of any system, no drive, no parent.
+        if (
+            not isinstance(file_name, str)
+            or file_name in ("", ".", "..")
+            or any(mark in file_name for mark in "/\\:\0")
+        ):
+            raise LowbitError(
+                f"{index}: tensor {name!r} points to {file_name!r}, outside the directory; an index "
+                "may only name files beside it"
+            )
+        if not file_name.endswith(".safetensors"):
+            raise LowbitError(f"{index}: {file_name!r} is no safetensors file; only those are read")
+    return weight_map
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """Returns the entries of one safetensors file, in file order.
+
+    Raises:
+        LowbitError: if the header does not describe exactly the bytes of the file.
+    """
+    fetch = "fetch the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise LowbitError(f"{file}: {size} bytes are too few for its header; {fetch}")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError:
+        raise LowbitError(f"{file}: the shard is missing; {fetch}") from None
+    except OSError as error:
+        raise LowbitError(f"{file}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise LowbitError(f"{file}: the safetensors header is corrupt; {fetch}") from None
+    if not isinstance(header, dict):
+        raise LowbitError(f"{file}: the safetensors header is corrupt; {fetch}")
+    start = 8 + length
+    entries = [
+        _entry(file, name, fields, start) for name, fields in header.items() if name != "__metadata__"
+    ]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = start
+    for entry in entries:
+        if entry.begin != position:
+            raise LowbitError(f"{file}: tensor {entry.name!r} overlaps or leaves a hole; {fetch}")
+        position = entry.end
+    if position != size:
+        kind = "truncated" if position > size else "longer than its header says"
+        raise LowbitError(f"{file}: is {kind} ({size} bytes, needed {position}); {fetch}")
+    return entries
+
+
+def _entry(file: Path, name: str, fields: Any, start: int) -> TensorEntry:
+    try:
+        dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        sizes_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        sizes_ok = False
+    if not sizes_ok:
+        raise LowbitError(f"{file}: the entry of tensor {name!r} is corrupt; fetch the file again")
+    dtype = SAFETENSORS_DTYPES.get(dtype_name)
+    if dtype is None:
+        raise LowbitError(
+            f"{file}: tensor {name!r} is {dtype_name}, which is not supported; "
+            f"needed one of {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise LowbitError(
+            f"{file}: tensor {name!r} of {dtype_name} {shape} does not fit its {end - begin} bytes; "
+            "fetch the file again"
+        )
+    return TensorEntry(name, file, dtype, tuple(shape), start + begin, start + end)
+
+
+def read_quantized(
+    entries: Mapping[str, TensorEntry], name: str, scheme: Scheme, shape: tuple[int, int]
+) -> QuantizedWeight:
+    """Returns the quantized weight of module `name`, read and checked against its scheme."""
+    full_names = {key: f"{name}.{key}" for key in scheme.tensor_specs(shape)}
+    found = {key: entries[full].read() for key, full in full_names.items() if full in entries}
+    return QuantizedWeight.from_tensors(scheme, shape, found, name)
