@@ -16,7 +16,7 @@ class LowbitError(ValueError):
 
 
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> LowbitError:
-    """Returns the error for an unknown `kind` (scheme, algorithm, ...) with the nearest valid name."""
+    """Returns the error for an unknown `kind` (scheme, ...), with the nearest valid name."""
     names = sorted(known)
     lowered = {name.lower(): name for name in names}
     close = difflib.get_close_matches(got.lower(), lowered, n=1, cutoff=0.4)

@@ -8,9 +8,10 @@ A scheme is a frozen value with a canonical string. The grammar, parts after the
 `W4A16` means groups of 128 input features, `NF4` and `FP4` groups of 64 (the QLoRA block), scales
 in fp16. `_DQ` stores the scales themselves in 8 bits (see `quant/double_quant.py`).
 
-Integer codes are signed, `-2^(bits-1) ... 2^(bits-1) - 1`. A symmetric scheme uses that whole range:
-the scale carries a sign, so that the larger extreme of a group always lands on the one extra code.
-A codebook's codes are table indices shifted by -8, so that packing treats all schemes alike.
+Integer codes are signed, `-2^(bits-1) ... 2^(bits-1) - 1`. A symmetric scheme uses that whole
+range: the scale carries a sign, so that the larger extreme of a group always lands on the one
+extra code. A codebook's codes are table indices shifted by -8, so that packing treats all schemes
+alike.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "FP32": torch.float32,
 }
 
-# NF4: quantiles of the standard normal, normalised to [-1, 1] (QLoRA, Dettmers et al. 2023, app. E).
+# NF4: normalised quantiles of the standard normal (QLoRA, Dettmers et al. 2023, appendix E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -45,7 +46,10 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 # FP4 E2M1 (OCP Microscaling Formats v1.0, table 5): index = sign, exponent, mantissa bits.
-FP4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP4_LEVELS = (
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
+    -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+)  # fmt: skip
 
 CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
@@ -150,7 +154,9 @@ class Scheme:
         """Returns the number of groups in a row, the short last one included."""
         return math.ceil(in_features / self.group_width(in_features))
 
-    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def tensor_specs(
+        self, shape: tuple[int, int]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Returns name -> (shape, dtype) of every tensor stored for a weight `[out, in]`.
 
         Names and layout are compressed-tensors' `pack-quantized`; `weight_scale_offset` and
@@ -188,8 +194,10 @@ def _default_group_size(codebook: str | None) -> int:
     return 128 if codebook is None else 64
 
 
-_EXAMPLES = ("W8A16", "W4A16", "W4A16_G64", "W4A16_ASYM_G64", "W3A16_G64", "W2A16_G64", "NF4", "NF4_DQ",
-             "FP4", "W4A16_G64_DQ", "W8A16_CHANNEL")  # fmt: skip
+_EXAMPLES = (
+    "W8A16", "W8A16_CHANNEL", "W4A16", "W4A16_G64", "W4A16_ASYM_G64", "W4A16_G64_DQ",
+    "W3A16_G64", "W2A16_G64", "NF4", "NF4_DQ", "FP4",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,9 +1,9 @@
 """What a run has finished, so that it can be killed at any moment and go on.
 
-The output directory of an unfinished run holds finished shards, this journal and a `config.json` that
-says "in progress" (loading refuses it). The journal is replaced atomically after each shard is
-durable, so a shard it names is always whole; a shard it does not name is written again. When the run
-is complete the manifest is written, then the final config, and the journal is removed.
+The output directory of an unfinished run holds finished shards, this journal and a `config.json`
+that says "in progress" (loading refuses it). The journal is replaced atomically after each shard
+is durable, so a shard it names is always whole; a shard it does not name is written again. When
+the run is complete the manifest is written, then the final config, and the journal is removed.
 
 A journal starts with the run's fingerprint: everything that the result depends on. Resuming with
 another fingerprint is refused, naming the first field that differs.
@@ -92,8 +92,8 @@ def _refuse_occupied(directory: Path, present: list[str], source: str | None, re
         raise LowbitError(f"{directory}: already holds a quantized model; choose another output")
     reason = "no journal to resume from, and is not empty" if resume else "is not empty"
     raise LowbitError(
-        f"{directory}: {'has ' if resume else ''}{reason} (it holds {present[0]}); choose an empty or "
-        "new directory"
+        f"{directory}: {'has ' if resume else ''}{reason} (it holds {present[0]}); choose an "
+        "empty or new directory"
     )
 
 

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint, checked before use and read one tensor at a time.
 
 Nothing in a checkpoint is trusted: names in the index may not leave the directory, every header is
-held against the size of its file, and only safetensors are read (a pickle can run code). Tensors are
-read with plain file reads instead of a memory map, so that what was read does not stay in the
+held against the size of its file, and only safetensors are read (a pickle can run code). Tensors
+are read with plain file reads instead of a memory map, so that what was read does not stay in the
 resident set of a process that must stay below a memory limit.
 """
 
@@ -98,7 +98,9 @@ class Checkpoint:
             raise LowbitError(f"{directory}: is a file; give the folder that holds config.json")
         config = read_json(directory / "config.json", "a Hugging Face checkpoint has one")
         if "model_type" not in config:
-            raise LowbitError(f"{directory / 'config.json'}: has no model_type, so no model is known")
+            raise LowbitError(
+                f"{directory / 'config.json'}: has no model_type, so no model is known"
+            )
         entries: dict[str, TensorEntry] = {}
         weight_map = _weight_map(directory)
         for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE_NAME]:
@@ -163,8 +165,8 @@ def _require_finite(values: Tensor, entry: TensorEntry) -> None:
     if not (torch.isfinite(low) and torch.isfinite(high)):
         kind = "NaN" if torch.isnan(low) else "Inf"
         raise LowbitError(
-            f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is broken, "
-            "fetch it again"
+            f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is "
+            "broken, fetch it again"
         )
 
 
@@ -202,7 +204,9 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not index.exists():
         if (directory / SINGLE_NAME).exists():
             return None
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        pickles = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
+        )
         if pickles:
             raise LowbitError(
                 f"{directory}: holds pickled weights ({pickles[0]}), which can run code when read; "
@@ -222,8 +226,8 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
             or any(mark in file_name for mark in "/\\:\0")
         ):
             raise LowbitError(
-                f"{index}: tensor {name!r} points to {file_name!r}, outside the directory; an index "
-                "may only name files beside it"
+                f"{index}: tensor {name!r} points to {file_name!r}, outside the directory; an "
+                "index may only name files beside it"
             )
         if not file_name.endswith(".safetensors"):
             raise LowbitError(f"{index}: {file_name!r} is no safetensors file; only those are read")
@@ -254,7 +258,9 @@ def read_header(file: Path) -> list[TensorEntry]:
         raise LowbitError(f"{file}: the safetensors header is corrupt; {fetch}")
     start = 8 + length
     entries = [
-        _entry(file, name, fields, start) for name, fields in header.items() if name != "__metadata__"
+        _entry(file, name, fields, start)
+        for name, fields in header.items()
+        if name != "__metadata__"
     ]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = start
@@ -284,8 +290,8 @@ def _entry(file: Path, name: str, fields: Any, start: int) -> TensorEntry:
         )
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise LowbitError(
-            f"{file}: tensor {name!r} of {dtype_name} {shape} does not fit its {end - begin} bytes; "
-            "fetch the file again"
+            f"{file}: tensor {name!r} of {dtype_name} {shape} does not fit its {end - begin} "
+            "bytes; fetch the file again"
         )
     return TensorEntry(name, file, dtype, tuple(shape), start + begin, start + end)
 

@@ -1,9 +1,10 @@
 """Writing that is either complete or absent: temporary file, fsync, rename, fsync of the directory.
 
-A shard is appended to tensor by tensor, so that a block never has to be held twice. safetensors puts
-its header first, so the space is reserved and padded with blanks (which the format allows), and filled
-in at the end. The format also wants every tensor aligned and no holes: tensors whose size is a multiple
-of 8 bytes are written at once, the few others are kept until the end and written by falling item size.
+A shard is appended to tensor by tensor, so that a block never has to be held twice. safetensors
+puts its header first, so the space is reserved and padded with blanks (which the format allows),
+and filled in at the end. The format also wants every tensor aligned and no holes: tensors whose
+size is a multiple of 8 bytes are written at once, the few others are kept until the end and
+written by falling item size.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class ShardWriter:
 
     @staticmethod
     def header_bound(names: list[str]) -> int:
-        """Returns bytes that surely hold the header of tensors `names` (dtype, 4 sizes, offsets)."""
+        """Returns bytes that surely hold the header of tensors `names` of up to 4 dimensions."""
         return 64 + sum(len(json.dumps(name)) + 160 for name in names)
 
     def add(self, name: str, tensor: Tensor) -> None:

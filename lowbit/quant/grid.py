@@ -54,7 +54,7 @@ def nearest_code(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sch
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """Returns the float32 values of `codes` (any dtype): `(code - zero) * scale` or a table entry."""
+    """Returns the float32 values of `codes`: `(code - zero) * scale`, or table entry * scale."""
     if scheme.levels is not None:
         table = torch.tensor(scheme.levels, dtype=torch.float32, device=codes.device)
         return table[codes.long() - scheme.code_min] * scale
@@ -107,7 +107,7 @@ class Grid:
         return Grid(scheme, in_features, rounded, zeros, double_quantized)
 
     def per_column(self, values: Tensor) -> Tensor:
-        """Returns `values` `[out_features, groups]` repeated over each group's columns, `[N, K]`."""
+        """Returns `values` `[N, groups]` repeated over each group's columns, `[N, K]`."""
         width = self.scheme.group_width(self.in_features)
         return values.repeat_interleave(width, dim=1)[:, : self.in_features]
 

@@ -120,7 +120,7 @@ class QuantizedWeight:
         return Grid(scheme, self.in_features, scales, zeros, dq)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the weights `[out_features, in_features]`: fp32 arithmetic, one cast to `dtype`."""
+        """Returns the weights `[out_features, in_features]`, computed in fp32, cast once."""
         return self.grid().dequantize(self.codes()).to(dtype)
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
