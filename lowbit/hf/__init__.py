@@ -1,0 +1,1 @@
+"""Hugging Face: the config, the quantizer plug-in and its lazy registration."""

@@ -1,0 +1,6 @@
+"""Modules with quantized weights. `nn.replace` swaps them into a model."""
+
+from lowbit.nn.embedding import QuantEmbedding
+from lowbit.nn.linear import QuantLinear, TiedQuantLinear
+
+__all__ = ["QuantEmbedding", "QuantLinear", "TiedQuantLinear"]
