@@ -1,0 +1,91 @@
+"""What reaches a linear layer during a real forward pass.
+
+Layers that receive the very same tensor (q, k, v; gate, up) share their statistics and are
+quantized together. Which layers those are is seen in the forward pass itself, by the identity of
+the tensor, so no table per model family has to be kept true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.algorithms.base import Statistics
+from lowbit.calibration.statistics import HessianAccumulator
+
+
+class StopForwardError(Exception):
+    """Ends a forward pass once what was wanted from it has been seen."""
+
+
+def input_groups(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Returns the names of `modules` grouped by shared input, in the order of their first call.
+
+    Args:
+        run: runs the forward pass once, on any batch.
+        modules: name -> linear layer; one that is never called is in no group.
+    """
+    inputs: list[Tensor] = []  # keeps the tensors alive, so that no identity is reused
+    groups: list[list[str]] = []
+    handles = []
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if any(name in group for group in groups):
+                return
+            for seen, group in zip(inputs, groups, strict=True):
+                if seen is args[0]:
+                    group.append(name)
+                    return
+            inputs.append(args[0])
+            groups.append([name])
+
+        return hook
+
+    try:
+        handles = [m.register_forward_pre_hook(observe(name)) for name, m in modules.items()]
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+def collect_statistics(
+    run: Callable[[int], Any], batches: int, module: nn.Module, in_features: int, name: str
+) -> Statistics:
+    """Returns the statistics of everything that reaches `module`.
+
+    Args:
+        run: runs the forward pass on the batch of the given index.
+        batches: number of batches.
+        module: a linear layer; each pass is stopped once its input has been seen.
+        in_features: width of its input.
+        name: its full name, for the error if its inputs are not finite.
+    """
+    accumulator: HessianAccumulator | None = None
+
+    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal accumulator
+        if accumulator is None:
+            accumulator = HessianAccumulator(in_features, args[0].device)
+        accumulator.add(args[0])
+        raise StopForwardError
+
+    handle = module.register_forward_pre_hook(observe)
+    try:
+        with torch.no_grad():
+            for batch in range(batches):
+                try:
+                    run(batch)
+                except StopForwardError:
+                    continue
+    finally:
+        handle.remove()
+    if accumulator is None:
+        raise AssertionError(f"{name} was not called")
+    return accumulator.statistics()

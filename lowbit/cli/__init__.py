@@ -1,0 +1,41 @@
+"""The command line. Each command is a module; `main` turns bad input into one sentence and status 2.
+
+Heavy imports (torch, transformers) happen inside the commands, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lowbit.cli.eval import eval_command
+from lowbit.cli.generate import generate_command
+from lowbit.cli.inspect import inspect_command
+from lowbit.cli.quantize import quantize_command
+from lowbit.errors import LowbitError
+
+app = typer.Typer(
+    name="lowbit",
+    help="Quantize Hugging Face decoders to 2-8 bits, run them, and measure what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("quantize")(quantize_command)
+app.command("eval")(eval_command)
+app.command("generate")(generate_command)
+app.command("inspect")(inspect_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; exits with 0, 2 for bad input, 130 when interrupted."""
+    try:
+        app(args=arguments)
+    except LowbitError as error:
+        print(f"lowbit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lowbit: interrupted; finished blocks are kept, --resume goes on", file=sys.stderr)
+        sys.exit(130)

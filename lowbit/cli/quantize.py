@@ -1,0 +1,125 @@
+"""`lowbit quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.errors import LowbitError
+
+
+def quantize_command(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    scheme: Annotated[str, typer.Option(help="For example W4A16_G64, W3A16_ASYM_G64, NF4_DQ.")] = (
+        "W4A16_G64"
+    ),
+    algorithm: Annotated[str, typer.Option(help="gptq (needs --calibration) or rtn.")] = "gptq",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text, JSONL, data set, or token ids (.safetensors, .npy).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=SCHEME",
+            help="Another scheme (or none) for modules whose name matches; repeatable.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Leave this module in 16 bits; repeatable."),
+    ] = None,
+    quantize_lm_head: Annotated[bool, typer.Option(help="Also the output projection.")] = False,
+    quantize_embeddings: Annotated[bool, typer.Option(help="Also the embedding.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the manifest's summary.")
+    ] = False,
+) -> None:
+    """Quantize a checkpoint, one decoder block in memory at a time.
+
+    Example: lowbit quantize ./llama ./llama-w4 --scheme W4A16_G64 --calibration text.txt
+    """
+    from lowbit.algorithms import make_algorithm
+    from lowbit.pipeline import quantize
+
+    result = quantize(
+        model,
+        output,
+        scheme=scheme,
+        algorithm=make_algorithm(algorithm, **_options(option or [])),
+        calibration=calibration,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        device=device,
+        dynamic=_dynamic(dynamic or []),
+        modules_to_not_convert=tuple(keep or ()),
+        quantize_lm_head=quantize_lm_head,
+        quantize_embeddings=quantize_embeddings,
+        resume=resume,
+    )
+    summary = result.manifest["summary"]
+    if json_output:
+        typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))
+    else:
+        _print_summary(result.path, summary)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """Returns NAME=VALUE pairs with JSON values (true, 64, 0.01), else the text itself."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise LowbitError(f"--option {pair!r} is not NAME=VALUE, for example act_order=false")
+        try:
+            options[name.replace("-", "_")] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name.replace("-", "_")] = text
+    return options
+
+
+def _dynamic(pairs: list[str]) -> dict[str, str | None]:
+    """Returns REGEX=SCHEME pairs; the last `=` separates, `none` means 16 bits."""
+    table: dict[str, str | None] = {}
+    for pair in pairs:
+        regex, separator, scheme = pair.rpartition("=")
+        if not separator or not regex:
+            raise LowbitError(
+                f"--dynamic {pair!r} is not REGEX=SCHEME, for example down_proj=W8A16"
+            )
+        table[regex] = None if scheme.lower() == "none" else scheme
+    return table
+
+
+def _print_summary(path: Path, summary: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    table.add_row("written", str(path))
+    table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
+    table.add_row("schemes", ", ".join(summary["schemes"]))
+    table.add_row("quantized weights", f"{summary['quantized_weights']:,}")
+    table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (scales included)")
+    for name, reason in summary["fallbacks"].items():
+        table.add_row("[yellow]fell back[/]", f"{name}: {reason}")
+    Console().print(table)

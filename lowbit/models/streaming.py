@@ -1,0 +1,338 @@
+"""A decoder that is never whole in memory: a meta model of which one piece at a time has weights.
+
+Loading goes through transformers' own conversion of checkpoint keys, so that renamed and merged
+weights arrive as `from_pretrained` would build them. The arguments of every block (position
+embeddings, masks, sliding windows) are made by the model itself: each block is replaced by an
+identity that records how it is called, and the model runs once. Copying the first block's
+arguments to all others is wrong wherever blocks differ (Gemma, sliding windows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from lowbit.models.layers import find_decoder_layers
+from lowbit.nn.replace import module_name
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from lowbit.calibration.capture import StopForwardError
+from lowbit.checkpoint import Checkpoint
+from lowbit.errors import LowbitError
+
+
+@dataclass
+class BlockCall:
+    """How the model calls one block for one batch: everything except the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Activations:
+    """The hidden states of all calibration batches on their way through the blocks.
+
+    Args:
+        hidden: one `[batch, seqlen, hidden]` tensor per batch, the input of the next block.
+        calls: per batch, per block, how the model calls it.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[BlockCall]] = field(default_factory=list)
+
+
+class StreamedDecoder:
+    """A causal decoder on the meta device whose pieces are loaded and freed on demand.
+
+    Args:
+        checkpoint: where the weights come from.
+        dtype: dtype of loaded weights and of computation.
+        device: where loaded pieces live.
+
+    Raises:
+        LowbitError: if the config names no known model, or disagrees with the tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.model = _meta_model(checkpoint, dtype)
+        self.layers_name, self.layers = find_decoder_layers(self.model)
+        self._mapping = get_model_conversion_mapping(self.model)
+        self.sources = self._map_sources()
+        self._check_shapes()
+
+    @property
+    def embedding_name(self) -> str:
+        """The module name of the input embedding."""
+        name = module_name(self.model, self.model.get_input_embeddings())
+        assert name is not None
+        return name
+
+    @property
+    def head_name(self) -> str | None:
+        """The module name of the output projection, None if the model has none."""
+        return module_name(self.model, self.model.get_output_embeddings())
+
+    def block_name(self, index: int) -> str:
+        """Returns the module name of block `index`."""
+        return f"{self.layers_name}.{index}"
+
+    def _map_sources(self) -> dict[str, list[str]]:
+        """Returns model parameter name -> the checkpoint tensors it is made of."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        meta = self.model.state_dict()
+        sources: dict[str, list[str]] = {}
+        for key in self.checkpoint.entries:
+            target, _ = rename_source_key(
+                key, renamings, converters, self.model.base_model_prefix, meta
+            )
+            target = key if target not in meta and key in meta else target
+            sources.setdefault(target, []).append(key)
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        for copy, original in tied.items():
+            self._check_tied(sources, copy, original)
+        missing = [name for name in meta if name not in sources and name not in tied]
+        if missing:
+            raise LowbitError(
+                f"{self.checkpoint.path}: tensor {missing[0]!r} is missing ({len(missing)} in "
+                "all); the config and the weights do not belong together"
+            )
+        known = {target for target in sources if target in meta and target not in tied}
+        # What the model does not know (old rotary buffers), and copies of tied weights.
+        self.ignored = sorted(k for t, keys in sources.items() if t not in known for k in keys)
+        return {target: keys for target, keys in sources.items() if target in known}
+
+    def _check_tied(self, sources: dict[str, list[str]], copy: str, original: str) -> None:
+        """Accepts a checkpoint that stores a tied weight under either name, or twice alike."""
+        if copy not in sources:
+            return
+        if original not in sources:
+            sources[original] = sources.pop(copy)
+            return
+        entries = [self.checkpoint.entries[sources[name][0]] for name in (copy, original)]
+        if not torch.equal(entries[0].read(), entries[1].read()):
+            raise LowbitError(
+                f"{self.checkpoint.path}: config.json ties {copy!r} to {original!r}, but their "
+                'values differ; set "tie_word_embeddings": false in config.json'
+            )
+
+    def _check_shapes(self) -> None:
+        meta = self.model.state_dict()
+        for target, keys in self.sources.items():
+            expected = tuple(meta[target].shape)
+            entry = self.checkpoint.entries[keys[0]]
+            merged = len(keys) > 1 or keys[0].rsplit(".", 1)[-1] != target.rsplit(".", 1)[-1]
+            if not merged and entry.shape != expected:
+                raise LowbitError(
+                    f"{self.checkpoint.path}: tensor {keys[0]!r} is {list(entry.shape)}, but "
+                    f"config.json needs {list(expected)}; they do not belong together"
+                )
+
+    def stored_dtype(self, target: str) -> torch.dtype:
+        """Returns the dtype in which the checkpoint stores parameter `target`."""
+        return self.checkpoint.entries[self.sources[target][0]].dtype
+
+    def targets(self, module_name: str) -> list[str]:
+        """Returns the parameters below module `module_name`, in the model's order."""
+        return [
+            name
+            for name in self.model.state_dict()
+            if name.startswith(module_name + ".") and name in self.sources
+        ]
+
+    def load(self, targets: list[str]) -> None:
+        """Gives the parameters `targets` their weights."""
+        state: dict[str, Tensor] = {}
+        for target in targets:
+            for key in self.sources[target]:
+                state[key] = self.checkpoint.entries[key].read()
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self._mapping,
+        )
+        with _no_inner_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        problems = {*info.unexpected_keys, *info.conversion_errors}
+        problems |= {name for name, *_ in info.mismatched_keys}
+        if problems:
+            raise LowbitError(
+                f"{self.checkpoint.path}: tensor {min(problems)!r} does not fit the model that "
+                "config.json describes"
+            )
+
+    def load_tied_head(self) -> None:
+        """Gives a tied output projection the embedding's weight as its own parameter."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.load([f"{self.embedding_name}.weight"])
+        head.weight = nn.Parameter(embedding.weight.data, requires_grad=False)
+        self.free(embedding)
+
+    def free(self, module: nn.Module) -> None:
+        """Moves every parameter of `module` back to the meta device."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    @torch.no_grad()
+    def start(self, batches: list[Tensor]) -> Activations:
+        """Returns the inputs of block 0 for token `batches` (int64 `[batch, seqlen]` each).
+
+        Needs the embedding and every other small module outside the blocks to be loaded, and
+        block 0 (its first call shows whether blocks return a tensor or a tuple).
+        """
+        activations = Activations()
+        for batch in batches:
+            first = self._first_call(batch)
+            if not hasattr(self, "_returns_tuple"):
+                returned = self.layers[0](first[0], *first[1].args, **first[1].kwargs)
+                self._returns_tuple = isinstance(returned, tuple)
+            calls = self._record_calls(batch)
+            if activations.calls:
+                calls = [
+                    _share(c, first) for c, first in zip(calls, activations.calls[0], strict=True)
+                ]
+            activations.hidden.append(first[0])
+            activations.calls.append(calls)
+        return activations
+
+    def _first_call(self, batch: Tensor) -> tuple[Tensor, BlockCall]:
+        seen: list[tuple[Tensor, BlockCall]] = []
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(_split_call(args, kwargs))
+            raise StopForwardError
+
+        handle = self.layers[0].register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            self._forward(input_ids=batch.to(self.device))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _record_calls(self, batch: Tensor) -> list[BlockCall]:
+        calls: list[BlockCall] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split_call(args, kwargs)
+            calls.append(call)
+            if len(calls) == len(self.layers):
+                raise StopForwardError  # the norm and the head need not be in memory
+            return (hidden,) if self._returns_tuple else hidden
+
+        with self._replaced_forwards(record):
+            self._forward(input_ids=batch.to(self.device))
+        return calls
+
+    def _forward(self, **inputs: Tensor) -> None:
+        try:
+            self.model(**inputs, use_cache=False)
+        except StopForwardError:
+            return
+
+    @contextmanager
+    def _replaced_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    @torch.no_grad()
+    def run_block(self, index: int, activations: Activations, batch: int) -> Tensor:
+        """Returns the loaded block `index`'s output `[batch, seqlen, hidden]` for one batch."""
+        call = activations.calls[batch][index]
+        returned = self.layers[index](activations.hidden[batch], *call.args, **call.kwargs)
+        return returned[0] if isinstance(returned, tuple) else returned
+
+    @torch.no_grad()
+    def run_tail(self, activations: Activations, batch: int) -> None:
+        """Runs what follows the blocks on one batch's hidden states, up to a hook that stops it.
+
+        The model runs with blocks replaced by a function that returns those states, so whatever it
+        does after its blocks (norms, projections, scaling) is done by its own code.
+        """
+        hidden = activations.hidden[batch]
+
+        def inject(*_: Any, **__: Any) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        width = self.model.get_input_embeddings().embedding_dim
+        placeholder = hidden.new_zeros(*hidden.shape[:-1], width)
+        with self._replaced_forwards(inject):
+            self._forward(inputs_embeds=placeholder)
+
+
+@contextmanager
+def _no_inner_progress_bar() -> Iterator[None]:
+    """Silences transformers' own bar, one per block; the run shows its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise LowbitError(
+            f"{checkpoint.path / 'config.json'}: transformers cannot build a causal decoder from "
+            f"it ({str(error).splitlines()[0][:200]})"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Returns a block's hidden states and the rest of its arguments."""
+    if args:
+        return args[0], BlockCall(args[1:], dict(kwargs))
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _share(call: BlockCall, first: BlockCall) -> BlockCall:
+    """Returns `call` with every tensor equal to the first batch's replaced by that very tensor.
+
+    Batches of one shape get equal masks and rotary tables; without this, every batch would keep
+    its own copies for every block.
+    """
+
+    def share(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            same = value.shape == other.shape and value.dtype == other.dtype
+            return other if same and torch.equal(value, other) else value
+        if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(share(v, o) for v, o in zip(value, other, strict=True))
+        if isinstance(value, dict) and isinstance(other, dict):
+            return {key: share(v, other.get(key)) for key, v in value.items()}
+        return value
+
+    return BlockCall(share(call.args, first.args), share(call.kwargs, first.kwargs))

@@ -1,0 +1,5 @@
+"""From a checkpoint to a quantized checkpoint, one decoder block in memory at a time."""
+
+from lowbit.pipeline.quantize import QuantizedCheckpoint, quantize
+
+__all__ = ["QuantizedCheckpoint", "quantize"]

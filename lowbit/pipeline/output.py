@@ -1,0 +1,93 @@
+"""The files of an output directory that are not shards, and the order that makes it valid.
+
+    journal, config.json "in progress"   the directory is claimed; loading is refused
+    shards, each followed by the journal
+    index, tokenizer and other side files
+    manifest                             everything measured and everything the result depends on
+    config.json, final                   from here on the directory loads
+    journal removed
+
+Nothing in these files depends on when or how often a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal
+from lowbit.checkpoint.reader import INDEX_NAME, SINGLE_NAME, read_header
+from lowbit.checkpoint.writer import disk_errors, write_bytes, write_json
+from lowbit.scheme import Scheme
+
+# Beside the weights, what a model needs to be used: tokenizer, templates, generation settings.
+_SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_NOT_COPIED = ("config.json", INDEX_NAME, MANIFEST_NAME)
+_MAX_SIDE_FILE_BYTES = 1 << 28
+
+
+def side_files(source: Path) -> list[Path]:
+    """Returns the files of a checkpoint that are copied as they are."""
+    return sorted(
+        path
+        for path in source.iterdir()
+        if path.suffix in _SIDE_FILE_SUFFIXES
+        and path.name not in _NOT_COPIED
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+        and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
+    )
+
+
+def digest_json(content: Any) -> str:
+    """Returns the SHA-256 of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shard_name(index: int, count: int) -> str:
+    """Returns the file name of shard `index` (from 0) of `count`."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(directory: Path, files: list[str]) -> None:
+    """Writes the index that maps every tensor of `files` to its file."""
+    entries = [entry for name in files for entry in read_header(directory / name)]
+    write_json(
+        directory / INDEX_NAME,
+        {
+            "metadata": {"total_size": sum(entry.end - entry.begin for entry in entries)},
+            "weight_map": {entry.name: entry.file.name for entry in entries},
+        },
+    )
+
+
+def manifest(
+    journal: Journal, fingerprint: Fingerprint, schemes: dict[str, Scheme]
+) -> dict[str, Any]:
+    """Returns the manifest: measured sizes, per-module reports, and the run's fingerprint."""
+    reports = {name: r for part in journal.parts.values() for name, r in part["modules"].items()}
+    weights = sum(report["weights"] for report in reports.values())
+    stored = sum(report["stored_bytes"] for report in reports.values())
+    fallbacks = {name: r["fallback"] for name, r in reports.items() if "fallback" in r}
+    return {
+        "fingerprint": fingerprint,
+        "summary": {
+            "quantized_weights": weights,
+            "quantized_bytes": stored,
+            "bits_per_weight": 8 * stored / weights,
+            "schemes": sorted({str(scheme) for scheme in schemes.values()}),
+            "fallbacks": fallbacks,
+        },
+        "parts": journal.parts,
+    }
+
+
+def write_side_files(source: Path, directory: Path) -> None:
+    """Copies the tokenizer and its like."""
+    for file in side_files(source):
+        if file.name != SINGLE_NAME:
+            with disk_errors(directory):
+                content = file.read_bytes()
+            write_bytes(directory / file.name, content)
