@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lowbit.hf.config import LowbitConfig
-from lowbit.models.selection import scheme_for
 from torch import Tensor
 
 from lowbit.checkpoint.reader import Checkpoint, read_quantized
 from lowbit.errors import LowbitError
+from lowbit.hf.config import LowbitConfig
+from lowbit.models.selection import scheme_for
 from lowbit.scheme import Scheme
 
 _PACKED = ".weight_packed"
@@ -73,7 +72,7 @@ def _rows(checkpoint: Checkpoint, original: Checkpoint | None) -> Iterator[Inven
             scheme, shape = schemes[name]
             error = _relative_error(checkpoint, original, name, scheme, shape) if original else None
             yield _row(name, str(scheme), shape, scheme.stored_bytes(shape), error)
-        elif key not in parts and math.prod(entry.shape):
+        elif key not in parts and all(entry.shape):
             dtype = str(entry.dtype).removeprefix("torch.")
             yield _row(key, dtype, entry.shape, entry.end - entry.begin, None)
 
@@ -81,7 +80,7 @@ def _rows(checkpoint: Checkpoint, original: Checkpoint | None) -> Iterator[Inven
 def _row(
     name: str, stored_as: str, shape: tuple[int, ...], size: int, error: float | None
 ) -> InventoryRow:
-    weights = math.prod(shape)
+    weights = torch.Size(shape).numel()
     return InventoryRow(name, stored_as, shape, weights, size, 8 * size / weights, error)
 
 

@@ -220,22 +220,24 @@ def _parse(text: str) -> Scheme:
         raise unknown_name("scheme", text, _EXAMPLES)
     fields["group_size"] = _default_group_size(fields.get("codebook"))
     seen: set[str] = set()
+    kind: str
+    value: int | str | bool | None
     for part in rest:
         group = re.fullmatch(r"G(\d+)", part)
         if group:
-            kind, value = "group_size", {"group_size": int(group[1])}
+            kind, value = "group_size", int(group[1])
         elif part == "CHANNEL":
-            kind, value = "group_size", {"group_size": None}
+            kind, value = "group_size", None
         elif part == "ASYM":
-            kind, value = "symmetric", {"symmetric": False}
+            kind, value = "symmetric", False
         elif part in SCALE_DTYPES:
-            kind, value = "scale_dtype", {"scale_dtype": part}
+            kind, value = "scale_dtype", part
         elif part == "DQ":
-            kind, value = "double_quant", {"double_quant": True}
+            kind, value = "double_quant", True
         else:
             raise unknown_name("scheme", text, _EXAMPLES)
         if kind in seen:
             raise LowbitError(f"scheme {text!r} gives its {kind} twice; keep one")
         seen.add(kind)
-        fields.update(value)
+        fields[kind] = value
     return Scheme(**fields)

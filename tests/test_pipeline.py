@@ -1,4 +1,4 @@
-"""The streamed run gives what the whole model in memory gives, survives kills, and refuses bad input."""
+"""The streamed run gives what the whole model in memory gives, and survives interruption."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_loaded_model_equals_the_decoded_one(name: str, tmp_path: Path, token_fi
         assert torch.equal(loaded(ids).logits, stock(ids).logits)
 
 
-class Stop(Exception):
+class StopRunError(Exception):
     """Stands for a kill right after a part became durable."""
 
 
@@ -156,12 +156,12 @@ def test_resume_after_any_part_is_bit_identical(
 
     def stop_after(journal: Journal, name: str, file: Path, modules: dict[str, object]) -> None:
         if len(journal.parts) == parts:
-            raise Stop
+            raise StopRunError
         finish(journal, name, file, modules)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish_part", stop_after)
-        with pytest.raises(Stop):
+        with pytest.raises(StopRunError):
             quantize_streamed(tmp_path / "model", tmp_path / "out", token_file)
     with pytest.raises(lowbit.LowbitError, match="resume"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -186,8 +186,8 @@ def test_resume_refuses_another_model(
 ) -> None:
     build_tiny("llama", tmp_path / "model", torch.bfloat16)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish_part", lambda *_: (_ for _ in ()).throw(Stop()))
-        with pytest.raises(Stop):
+        patch.setattr(Journal, "finish_part", lambda *_: (_ for _ in ()).throw(StopRunError()))
+        with pytest.raises(StopRunError):
             quantize_streamed(tmp_path / "model", tmp_path / "out", token_file)
     before = contents(tmp_path / "out")
     changes: dict[str, Callable[[], dict[str, object]]] = {

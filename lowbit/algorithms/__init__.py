@@ -12,7 +12,21 @@ from lowbit.errors import LowbitError, unknown_name
 
 ALGORITHMS: dict[str, type[Algorithm]] = {algorithm.name: algorithm for algorithm in (RTN, GPTQ)}
 
-__all__ = ["ALGORITHMS", "GPTQ", "RTN", "Algorithm", "Quantized", "Statistics", "make_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "GPTQ",
+    "RTN",
+    "Algorithm",
+    "Quantized",
+    "Statistics",
+    "algorithm_options",
+    "make_algorithm",
+]
+
+
+def algorithm_options(algorithm: Algorithm) -> dict[str, Any]:
+    """Returns the options with which `make_algorithm` makes `algorithm` again."""
+    return {field.name: getattr(algorithm, field.name) for field in fields(algorithm)}  # type: ignore[arg-type]
 
 
 def make_algorithm(name: str | Algorithm, **options: Any) -> Algorithm:

@@ -1,4 +1,4 @@
-"""The command line. Each command is a module; `main` turns bad input into one sentence and status 2.
+"""The command line: a module per command; `main` turns bad input into a sentence and status 2.
 
 Heavy imports (torch, transformers) happen inside the commands, so that `--help` is immediate.
 """

@@ -10,14 +10,12 @@ arguments to all others is wrong wherever blocks differ (Gemma, sliding windows)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from lowbit.models.layers import find_decoder_layers
-from lowbit.nn.replace import module_name
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,6 +31,8 @@ from transformers.utils import logging as transformers_logging
 from lowbit.calibration.capture import StopForwardError
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.models.layers import find_decoder_layers
+from lowbit.nn.replace import module_name
 
 
 @dataclass
@@ -72,6 +72,7 @@ class StreamedDecoder:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = _meta_model(checkpoint, dtype)
         self.layers_name, self.layers = find_decoder_layers(self.model)
+        self._returns_tuple: bool | None = None
         self._mapping = get_model_conversion_mapping(self.model)
         self.sources = self._map_sources()
         self._check_shapes()
@@ -193,7 +194,6 @@ class StreamedDecoder:
                     empty = torch.empty_like(parameter, device="meta")
                     part._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
-    @torch.no_grad()
     def start(self, batches: list[Tensor]) -> Activations:
         """Returns the inputs of block 0 for token `batches` (int64 `[batch, seqlen]` each).
 
@@ -203,8 +203,9 @@ class StreamedDecoder:
         activations = Activations()
         for batch in batches:
             first = self._first_call(batch)
-            if not hasattr(self, "_returns_tuple"):
-                returned = self.layers[0](first[0], *first[1].args, **first[1].kwargs)
+            if self._returns_tuple is None:
+                with torch.no_grad():
+                    returned = self.layers[0](first[0], *first[1].args, **first[1].kwargs)
                 self._returns_tuple = isinstance(returned, tuple)
             calls = self._record_calls(batch)
             if activations.calls:
@@ -244,10 +245,8 @@ class StreamedDecoder:
         return calls
 
     def _forward(self, **inputs: Tensor) -> None:
-        try:
+        with torch.no_grad(), suppress(StopForwardError):
             self.model(**inputs, use_cache=False)
-        except StopForwardError:
-            return
 
     @contextmanager
     def _replaced_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -259,14 +258,14 @@ class StreamedDecoder:
             for layer in self.layers:
                 del layer.forward
 
-    @torch.no_grad()
     def run_block(self, index: int, activations: Activations, batch: int) -> Tensor:
         """Returns the loaded block `index`'s output `[batch, seqlen, hidden]` for one batch."""
         call = activations.calls[batch][index]
-        returned = self.layers[index](activations.hidden[batch], *call.args, **call.kwargs)
-        return returned[0] if isinstance(returned, tuple) else returned
+        with torch.no_grad():
+            returned = self.layers[index](activations.hidden[batch], *call.args, **call.kwargs)
+        hidden: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return hidden
 
-    @torch.no_grad()
     def run_tail(self, activations: Activations, batch: int) -> None:
         """Runs what follows the blocks on one batch's hidden states, up to a hook that stops it.
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowbit.nn.replace import weight_is_transposed, weight_shape
 from torch import Tensor, nn
 
 from lowbit.algorithms import Algorithm, make_algorithm
@@ -24,6 +23,7 @@ from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.reader import read_header, read_quantized
 from lowbit.checkpoint.writer import ShardWriter
 from lowbit.models.streaming import Activations, StreamedDecoder
+from lowbit.nn.replace import weight_is_transposed, weight_shape
 from lowbit.pipeline.output import shard_name
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight

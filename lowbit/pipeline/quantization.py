@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +10,18 @@ from typing import Any
 
 import torch
 import transformers
-from lowbit.hf.config import IN_PROGRESS, LowbitConfig, sentinel_key
-from lowbit.models.selection import select_modules
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from lowbit import __version__
-from lowbit.algorithms import Algorithm, make_algorithm
+from lowbit.algorithms import Algorithm, algorithm_options, make_algorithm
 from lowbit.calibration.tokens import CalibrationTokens, load_calibration
 from lowbit.checkpoint import Checkpoint, write_json
 from lowbit.checkpoint.journal import JOURNAL_NAME, MANIFEST_NAME, Fingerprint, Journal
 from lowbit.checkpoint.reader import read_json
 from lowbit.errors import LowbitError
+from lowbit.hf.config import IN_PROGRESS, LowbitConfig, sentinel_key
+from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.output import digest_json, manifest, write_index, write_side_files
 from lowbit.pipeline.run import BATCH_TOKENS, QuantizationRun
@@ -97,7 +96,7 @@ def quantize(
         quantize_lm_head=quantize_lm_head,
         quantize_embeddings=quantize_embeddings,
         algorithm=chosen.name,
-        algorithm_options=dataclasses.asdict(chosen),
+        algorithm_options=algorithm_options(chosen),
     )
     if chosen.needs_statistics and calibration is None:
         raise LowbitError(
