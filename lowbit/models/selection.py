@@ -39,7 +39,9 @@ class Selection:
     quantize_embeddings: bool = False
 
 
-def select_modules(model: PreTrainedModel, selection: Selection) -> dict[str, Scheme]:
+def select_modules(
+    model: PreTrainedModel, selection: Selection, require_matches: bool = True
+) -> dict[str, Scheme]:
     """Returns module name -> scheme of everything to quantize, in the order of the model.
 
     A head tied to a quantized embedding is not listed: it uses the embedding's tensors.
@@ -47,6 +49,8 @@ def select_modules(model: PreTrainedModel, selection: Selection) -> dict[str, Sc
     Args:
         model: may be on the meta device.
         selection: the user's choice.
+        require_matches: False for a checkpoint that is quantized already and may be loaded
+            without its head, where a name that matched then matches nothing now.
 
     Raises:
         LowbitError: for a regex or name that matches nothing, an embedding that cannot be
@@ -55,7 +59,8 @@ def select_modules(model: PreTrainedModel, selection: Selection) -> dict[str, Sc
     layers_name, _ = find_decoder_layers(model)
     candidates = _candidates(model, layers_name, selection)
     experts = _fused_experts(model, layers_name)
-    _require_all_match(model, selection, [*candidates, *experts])
+    if require_matches:
+        _require_all_match(model, selection, [*candidates, *experts])
     chosen: dict[str, Scheme] = {}
     for name in [*candidates, *experts]:
         scheme = scheme_for(name, selection)

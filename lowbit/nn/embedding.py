@@ -24,6 +24,8 @@ class QuantEmbedding(StoredWeight, nn.Embedding):  # type: ignore[misc]
         device: where the uninitialised tensors are made.
     """
 
+    plain_class = nn.Embedding
+
     def __init__(
         self,
         num_embeddings: int,

@@ -25,6 +25,8 @@ class QuantLinear(StoredWeight, nn.Linear):  # type: ignore[misc]
         device: where the uninitialised tensors are made.
     """
 
+    plain_class = nn.Linear
+
     def __init__(
         self,
         in_features: int,

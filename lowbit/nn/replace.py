@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.errors import LowbitError
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.linear import QuantLinear, TiedQuantLinear
+from lowbit.nn.stored import StoredWeight
 from lowbit.scheme import Scheme
 
 
@@ -66,6 +67,7 @@ def replace_modules(
     for name, scheme in selection.items():
         old = model.get_submodule(name)
         new = _quantized_like(old, scheme, dtype)
+        new.plain_class = type(old)
         # A tied head finds no tensor of its own in a 16-bit checkpoint to aim at a placeholder.
         if placeholder and name != head:
             shape = weight_shape(old)[::-1] if weight_is_transposed(old) else weight_shape(old)
@@ -80,6 +82,47 @@ def replace_modules(
     if head is not None and head in selection and embedding not in selection:
         model.config.tie_word_embeddings = False
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
+
+
+def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replaces every quantized module of `model` by its original class with decoded weights.
+
+    Args:
+        model: changed in place.
+        dtype: dtype of the decoded weights.
+    """
+    tied: list[str] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TiedQuantLinear):
+            tied.append(name)
+        elif isinstance(module, StoredWeight):
+            model.set_submodule(name, _plain_like(module, dtype))
+    for name in tied:
+        head = model.get_submodule(name)
+        plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        plain.weight, plain.bias = model.get_input_embeddings().weight, head.bias
+        model.set_submodule(name, plain)
+        # Uncovers the class's table, see `_forget_tie`.
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _plain_like(module: StoredWeight, dtype: torch.dtype) -> nn.Module:
+    weight = module.dequantize(dtype)
+    plain_class = module.plain_class
+    if isinstance(module, QuantEmbedding):
+        scale = module.scalar_embed_scale
+        extra = {} if scale is None else {"embed_scale": scale}
+        plain = plain_class(*module.logical_shape, module.padding_idx, **extra)
+    elif plain_class is Conv1D:
+        plain = Conv1D(*module.logical_shape)
+        weight = weight.T.contiguous()
+    else:
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight)
+    if not isinstance(module, QuantEmbedding):
+        plain.bias = module.bias
+    return plain
 
 
 def _quantized_like(old: nn.Module, scheme: Scheme, dtype: torch.dtype) -> nn.Module:

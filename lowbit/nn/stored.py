@@ -25,11 +25,13 @@ class StoredWeight(nn.Module):  # type: ignore[misc] # mypy does not follow torc
         scheme: how the weight is stored.
         logical_shape: (out_features, in_features).
         compute_dtype: dtype of `weight` and of `dequantize()`; `.to(dtype)` changes this only.
+        plain_class: the class that this module replaces, to go back to.
     """
 
     scheme: Scheme
     logical_shape: tuple[int, int]
     compute_dtype: torch.dtype
+    plain_class: type[nn.Module]
 
     def _create_stored(
         self,

@@ -1,0 +1,220 @@
+"""How `from_pretrained` loads a lowbit checkpoint, and quantizes a 16-bit one while loading.
+
+Both ways swap the selected modules for quantized ones on the meta device, before any weight is
+read. A lowbit checkpoint then loads by name. On the fly, each module has a 16-bit placeholder
+`weight`; transformers reads one weight at a time and hands it to `QuantizeOnLoad`, so that never
+more than one matrix is in memory in 16 bits.
+
+transformers checks neither shapes nor missing tensors of a quantized model strictly enough: it
+initialises at random what it does not find. So the headers of the files are held against the
+config first (`hf/headers.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from lowbit.errors import LowbitError
+from lowbit.hf.config import LowbitConfig, sentinel_key
+from lowbit.hf.headers import check_full_precision, check_quantized
+from lowbit.models.selection import select_modules
+from lowbit.nn.replace import module_name, replace_modules, restore_modules, tied_head_name
+from lowbit.nn.stored import StoredWeight
+from lowbit.quant import QuantizedWeight
+from lowbit.scheme import Scheme
+
+_FLOAT_TENSORS = ("weight_scale", "weight_scale_offset", "weight_scale_step")
+
+
+class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """The plug-in that transformers drives; one instance per loaded model.
+
+    Attributes:
+        selected: module name -> scheme, in the order of the model.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.selected: dict[str, Scheme] = {}
+        self._algorithm = None if self.pre_quantized else quantization_config.data_free_algorithm()
+        self._not_finite: list[str] = []
+        # "<embedding>.weight" -> head, where a tied head is quantized and the embedding is not:
+        # the head's weight is in the file under the embedding's name only.
+        self._head_of: dict[str, str] = {}
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
+    ) -> PreTrainedModel:
+        files = [Path(file) for file in checkpoint_files or ()]
+        self._check_files(model, files)
+        selection = self.quantization_config.selection()
+        if self.pre_quantized and model.get_output_embeddings() is None:
+            selection = dataclasses.replace(selection, quantize_lm_head=False)
+        self.selected = select_modules(model, selection, require_matches=not self.pre_quantized)
+        head = tied_head_name(model)
+        if not self.pre_quantized and head in self.selected:
+            embedding = module_name(model, model.get_input_embeddings())
+            self._head_of = {f"{embedding}.weight": head}
+        replace_modules(model, self.selected, not self.pre_quantized, model.dtype)
+        if self.pre_quantized:
+            check_quantized(model, self.selected, files)
+        else:
+            check_full_precision(model, self.selected, files)
+        ignored = [sentinel_key(self.selected)] if self.pre_quantized else []
+        # Some files hold the tied head a second time; it is quantized as the embedding is.
+        ignored += [f"{head}.weight"] if head is not None else []
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(rf"^{re.escape(name)}$" for name in ignored),
+        }
+        return model
+
+    def _check_files(self, model: PreTrainedModel, files: list[Path]) -> None:
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise LowbitError(
+                    f"{file}: pickled weights are not loaded, they can run code; convert them to "
+                    "safetensors"
+                )
+        manifest = self.quantization_config.manifest
+        # Only a local directory must be complete: from a hub, just the needed files arrive.
+        if manifest and files and Path(model.name_or_path).is_dir():
+            path = files[0].parent / manifest
+            if not path.is_file():
+                raise LowbitError(
+                    f"{path}: missing, but config.json names it; the checkpoint is incomplete, "
+                    "copy it again"
+                )
+        # A `save_pretrained` of the loaded model writes no manifest, so it must not name one.
+        self.quantization_config.manifest = None
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        """Returns True for weights that `QuantizeOnLoad` shall see."""
+        module, _, tensor = param_name.rpartition(".")
+        if self.pre_quantized or tensor != "weight":
+            return False
+        return module in self.selected or param_name in self._head_of
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Returns bytes per element for `device_map="auto"`: placeholders will be gone."""
+        module, _, tensor = param_name.rpartition(".")
+        if tensor == "weight" and module in self.selected:
+            return 0.0
+        return float(param.element_size())
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Returns the dtype to load a tensor in; None, as it is, for scales under every policy."""
+        if converter.target_patterns[0].rpartition(".")[2] in _FLOAT_TENSORS:
+            return None
+        new_dtype: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new_dtype
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        """Returns the operation for one weight."""
+        return QuantizeOnLoad(self)
+
+    def quantize_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Returns full name -> stored tensor of module `name` for `weight` `[out, in]`."""
+        assert self._algorithm is not None
+        if not torch.isfinite(weight).all():
+            # transformers would turn an error here into a generic one; it is raised after loading.
+            self._not_finite.append(f"{name}.weight")
+            weight = torch.zeros_like(weight)
+        quantized = self._algorithm.quantize(weight, self.selected[name], None)
+        qweight = QuantizedWeight.from_codes(quantized.codes, quantized.grid)
+        return {
+            f"{name}.{suffix}": tensor.to(weight.device)
+            for suffix, tensor in qweight.tensors().items()
+        }
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        if self._not_finite:
+            raise LowbitError(
+                f"{model.name_or_path}: tensor {self._not_finite[0]!r} holds NaN or Inf; a model "
+                "with such weights is broken, fetch it again"
+            )
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Returns what `save_pretrained` writes: the model's tensors and the sentinel."""
+        names = [name for name, part in model.named_modules() if isinstance(part, StoredWeight)]
+        state: dict[str, Tensor] = model.state_dict()
+        state[sentinel_key(names)] = torch.empty(0, dtype=torch.uint8)
+        return state, {}
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
+        # `save_pretrained` leaves a string in the config, from which transformers passes it on.
+        named: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        restore_modules(model, named or model.dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Returns True: `save_pretrained` writes what was loaded, bit for bit."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters train on top, gradients flow through `lowbit.linear`."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: the operators are opaque to the compiler and break no graph."""
+        return True
+
+
+class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
+    """A 16-bit weight from a file becomes the stored tensors of its module."""
+
+    def __init__(self, quantizer: LowbitHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        model: PreTrainedModel,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """Returns full name -> tensor, and removes the placeholder that aimed the loader here."""
+        converted: dict[str, Tensor] = {}
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            head = self.quantizer._head_of.get(key)
+            if head is not None:
+                converted[key] = weight
+                converted.update(self.quantizer.quantize_weight(head, weight))
+                continue
+            module = model.get_submodule(name)
+            if module.plain_class is Conv1D:
+                weight = weight.T
+            converted.update(self.quantizer.quantize_weight(name, weight))
+            del module._parameters["weight"]
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        return converted
