@@ -10,12 +10,13 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.calibration.tokens import TokenWindows
 from lowbit_eval.divergence import Divergence, divergence
 from lowbit_eval.perplexity import Perplexity, PerplexityRatio, perplexity, perplexity_ratio
@@ -151,19 +152,16 @@ def _environment(model: nn.Module, against: nn.Module | None) -> dict[str, Any]:
         "base_dtype": None if against is None else _dtype_name(against),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("lowbit", "torch", "transformers")},
+        "versions": {
+            "lowbit": lowbit.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
     }
 
 
 def _dtype_name(model: nn.Module) -> str:
     return str(getattr(model, "dtype", torch.get_default_dtype())).removeprefix("torch.")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _jsonable(value: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lowbit.calibration.text import decode_utf8
 from lowbit.calibration.tokens import TokenWindows
@@ -75,16 +76,25 @@ def slice_scores(
     Raises:
         LowbitError: the tokenizer cannot tell which document a token came from.
     """
+    names = np.array(windows.documents if labels is None else labels)
+    label_of_token = names[require_known_documents(windows)[:, 1:].numpy()]
+    slices = [_slice(scores, str(name), label_of_token == name) for name in np.unique(names)]
+    present = (found for found in slices if found is not None)
+    return tuple(sorted(present, key=_damage, reverse=True))
+
+
+def require_known_documents(windows: TokenWindows) -> Tensor:
+    """Returns int32 `[windows, seqlen]`, the document of each token.
+
+    Raises:
+        LowbitError: the tokenizer cannot tell.
+    """
     if windows.document_of_token is None:
         raise LowbitError(
             "slices need a fast tokenizer, which knows where in the text a token came from; give "
             "token ids instead, one document a row"
         )
-    names = np.array(windows.documents if labels is None else labels)
-    label_of_token = names[windows.document_of_token[:, 1:].numpy()]
-    slices = [_slice(scores, str(name), label_of_token == name) for name in np.unique(names)]
-    present = (found for found in slices if found is not None)
-    return tuple(sorted(present, key=_damage, reverse=True))
+    return windows.document_of_token
 
 
 def _damage(found: Slice) -> float:

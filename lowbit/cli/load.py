@@ -1,0 +1,222 @@
+"""Loading for the command line: everything that is wrong with a path ends in one sentence.
+
+A local folder is checked by our own reader before transformers sees it, because transformers gives
+random weights to tensors that it misses and only warns.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.calibration.tokens import Tokenizer
+from lowbit.checkpoint.reader import Checkpoint
+from lowbit.errors import LowbitError, unknown_name
+
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# Characters kept of a foreign error message.
+MAX_REASON = 240
+
+# Any of these makes a folder one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+def quiet_libraries() -> None:
+    """Silences warnings and loading bars of the Hugging Face libraries; errors still raise.
+
+    For a process that is ours, such as a command; never called on import.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|torch)(\.|$)")
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Returns the device named, or the first GPU, or the CPU.
+
+    Raises:
+        LowbitError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LowbitError(
+            f"device {device!r} cannot be used here ({_one_line(error)}); try cpu"
+        ) from error
+    return chosen
+
+
+def use_threads(threads: int | None) -> None:
+    """Lets torch use this many CPU threads; None leaves its default, every core.
+
+    Raises:
+        LowbitError: for less than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise LowbitError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def load_config(path: str) -> Any:
+    """Returns the text model's configuration, after checking every file of a local folder.
+
+    Args:
+        path: a folder, or the hub name `owner/name`.
+
+    Raises:
+        LowbitError: there is no checkpoint, it is damaged, or its architecture is unknown.
+    """
+    from transformers import AutoConfig
+
+    if not _is_hub_name(path):
+        Checkpoint.open(path)
+    with _loading(path, "configuration"):
+        config = AutoConfig.from_pretrained(path)
+        _check_quantization(path, config)
+        return config.get_text_config()
+
+
+def load_tokenizer(path: str) -> Tokenizer | None:
+    """Returns the tokenizer of a checkpoint, or None for a folder without one."""
+    from transformers import AutoTokenizer
+
+    if not _is_hub_name(path) and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        return None
+    with _loading(path, "tokenizer"):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def load_model(path: str, dtype: str = "auto", device: torch.device | None = None) -> nn.Module:
+    """Returns the causal language model of a checkpoint, in evaluation mode on `device`.
+
+    Args:
+        path: a folder, or the hub name `owner/name`.
+        dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
+        device: None for `choose_device(None)`.
+
+    Raises:
+        LowbitError: see `load_config`; also weights that are missing or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype.lower() not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    target = device or choose_device(None)
+    load_config(path)
+    # A map loads straight to the GPU; on the CPU there is nothing to place.
+    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    with _loading(path, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype.lower()],
+            use_safetensors=True,
+            output_loading_info=True,
+            # Its own error names no tensor; `_check_loaded` does.
+            ignore_mismatched_sizes=True,
+            **placement,
+        )
+    _check_loaded(path, info)
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _check_loaded(path: str, info: dict[str, Any]) -> None:
+    """Refuses weights that transformers left at random; warns of those that it left out."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, needed = mismatched[0]
+        raise LowbitError(
+            f"{path}: {name!r} has the shape {list(stored)}, but config.json needs {list(needed)}; "
+            "the two files do not belong together"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise LowbitError(
+            f"{path}: {len(missing)} weights are missing from the checkpoint, the first is "
+            f"{missing[0]!r}; fetch it again"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        print(
+            f"warning: {path}: the model does not use {len(unexpected)} tensors of the checkpoint, "
+            f"the first is {unexpected[0]!r}",
+            file=sys.stderr,
+        )
+
+
+def _check_quantization(path: str, config: Any) -> None:
+    """Refuses a method that transformers does not know: it would skip it with a warning."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise LowbitError(
+            f"{path}: the quantization method {method!r} is unknown to transformers; load it with "
+            "the tool that wrote it"
+        )
+
+
+@contextmanager
+def _loading(path: str, what: str) -> Iterator[None]:
+    """Turns the ways in which transformers and the hub refuse a checkpoint into a `LowbitError`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except LowbitError:
+        raise
+    except (
+        OSError,  # missing files, no network
+        ValueError,  # unknown model_type, code on the hub that we do not run
+        RuntimeError,  # shapes that differ from the configuration
+        KeyError,  # fields that the configuration lacks
+        TypeError,
+        ImportError,  # a quantization format whose package is missing
+        StrictDataclassError,  # fields of the wrong type
+        SafetensorError,
+    ) as error:
+        local = not _is_hub_name(path)
+        where = path if local else f"{path} (no folder here, so the hub was asked)"
+        raise LowbitError(f"{where}: the {what} cannot be loaded: {_one_line(error)}") from error
+
+
+def _is_hub_name(path: str) -> bool:
+    return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns the message on one line, cut where a sentence would become a page."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON].rstrip()} ..."
