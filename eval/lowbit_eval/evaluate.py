@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.calibration.tokens import TokenWindows
+from lowbit.errors import LowbitError
 from lowbit_eval.divergence import Divergence, divergence
 from lowbit_eval.perplexity import Perplexity, PerplexityRatio, perplexity, perplexity_ratio
 from lowbit_eval.scores import Scores, score_window
@@ -135,10 +136,19 @@ def window_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
     The cache is turned off in the call, whatever the config says: it would hold every layer's keys
     and values for nothing.
+
+    Raises:
+        LowbitError: the device runs out of memory.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids[None].to(device), use_cache=False).logits
+    try:
+        with torch.inference_mode():
+            logits: Tensor = model(input_ids=ids[None].to(device), use_cache=False).logits
+    except torch.OutOfMemoryError as error:
+        raise LowbitError(
+            f"{device} has too little memory for a window of {len(ids)} tokens; use shorter ones "
+            "(--seqlen) or --device cpu"
+        ) from error
     return logits[0]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # The protocol's window; a shorter model takes its own longest.
 PROTOCOL_SEQLEN = 2048
+REPORT_COLUMNS = 100
 STANDARD_OUTPUT = Path("-")
 
 
@@ -81,8 +82,9 @@ def eval_command(
         result = evaluate(model, chosen, baseline, slicing, size, lambda: progress.advance(1))
     _write(result, {"path": path, "text": text, "against": against}, json_output)
     if json_output != STANDARD_OUTPUT:
-        console = Console()
-        console.print(render(result), width=min(console.width, 100))
+        screen = Console()
+        width = min(screen.width, REPORT_COLUMNS) if screen.is_terminal else REPORT_COLUMNS
+        Console(width=width).print(render(result))
 
 
 def _windows(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:

@@ -16,6 +16,7 @@ from lowbit_eval.statistics import bootstrap_interval, clustered_mean
 from torch import Tensor, nn
 
 from lowbit.calibration.tokens import TokenWindows
+from lowbit.errors import LowbitError
 
 
 def random_windows(count: int, seqlen: int, seed: int = 0) -> TokenWindows:
@@ -111,6 +112,15 @@ def test_clustered_error_sees_that_tokens_of_a_window_agree() -> None:
 def test_empty_windows_do_not_count() -> None:
     with_empty = clustered_mean(np.array([3.0, 0.0, 5.0]), np.array([1.0, 0.0, 2.0]))
     assert with_empty == clustered_mean(np.array([3.0, 5.0]), np.array([1.0, 2.0]))
+
+
+def test_out_of_memory_is_a_sentence_about_the_window() -> None:
+    class Full(Stated):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(LowbitError, match="too little memory for a window of 8 tokens"):
+        evaluate(Full([0.5], 11), random_windows(1, 8))
 
 
 def test_overflowing_perplexity_is_null_in_json_and_keeps_its_nll() -> None:
