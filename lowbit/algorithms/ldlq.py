@@ -1,0 +1,162 @@
+"""Rounding with error feedback: the columns to come make up for the error of those behind.
+
+Reference: Frantar et al. 2022, "GPTQ". The solver is written in the equivalent form of Chee et al.
+2023, "QuIP", theorem 6 (LDLQ): with H = A A^T, A upper triangular, and w, q the original and the
+quantized columns in the order of visiting,
+
+    target_k = w_k + sum_{j<k} (w_j - q_j) A_jk / A_kk,    q_k = nearest(target_k),
+    loss = sum_k A_kk^2 (target_k - q_k)^2.
+
+GPTQ's U (upper Cholesky factor of H^-1) is A^-1. This form needs one Cholesky factorisation and no
+inverse: half the memory, and no rounding from inverting an ill-conditioned H. A is upper triangular
+from the last column upwards, which is the ordinary lower factor of H with rows and columns
+reversed; so here the *last* row of every array is visited first.
+
+Shapes: K in_features in reversed order of visiting, R output rows, B columns of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.quant import Grid, decode, nearest_code
+
+# Rows solved together: the block's target and residual (2 x 128 x 4096 fp32) stay near the cache.
+ROWS_PER_CHUNK = 4096
+# Dampings tried in turn, as multiples of `damp_percent`, until the factorisation succeeds.
+DAMP_FACTORS = (1, 3, 10, 30)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factorisation of a damped, reordered H.
+
+    Args:
+        order: int64 `[K]`, the column in each row of `unit_lower`; the last one is visited first.
+        unit_lower: float32 `[K, K]`, lower triangular with ones on the diagonal.
+        diagonal: float32 `[K]`: H + damp = L L^T with L = unit_lower * diagonal (per column).
+        damp: what was added to diag(H).
+        damp_percent: `damp` as a share of the mean of diag(H).
+        dead: bool `[K]` in the original order, features that were never active.
+    """
+
+    order: Tensor
+    unit_lower: Tensor
+    diagonal: Tensor
+    damp: float
+    damp_percent: float
+    dead: Tensor
+
+    def importance(self) -> Tensor:
+        """Returns the weight of each target's squared error in the loss, `[K]`, original order."""
+        weights = torch.empty_like(self.diagonal)
+        weights[self.order] = self.diagonal.square()
+        return weights
+
+
+def factorise(hessian: Tensor, damp_percent: float, act_order: bool) -> Factor | None:
+    """Returns the factor of `hessian` `[K, K]`, or None if no tried damping makes it factorise.
+
+    Each damping is tried in fp32 and, where rounding spoils that, in fp64.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    live = diagonal[~dead]
+    if live.numel() == 0 or not bool(hessian.isfinite().all()):
+        return None
+    mean = float(live.double().mean())
+    order = torch.arange(hessian.shape[0], device=hessian.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    order = order.flip(0)
+    for percent in (damp_percent * factor for factor in DAMP_FACTORS):
+        for dtype in (torch.float32, torch.float64):
+            damped = hessian[order[:, None], order].to(dtype)
+            # The paper's 1 on the diagonal of a dead feature, in the units of H. Such a feature
+            # couples with no other; its value only has to be positive.
+            damped.diagonal().add_(percent * mean).add_(dead[order], alpha=mean)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            del damped
+            if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
+                scale = lower.diagonal().clone()
+                return Factor(
+                    order, lower.div_(scale).float(), scale.float(), percent * mean, percent, dead
+                )
+    return None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The codes of one matrix.
+
+    Args:
+        codes: int8 `[N, K]`.
+        grid: the grid they are on.
+        targets: float32 `[N, K]`, weights plus feedback: the values that were rounded.
+        loss: mean squared output error, tr(dW H dW^T) / N, without the damping.
+    """
+
+    codes: Tensor
+    grid: Grid
+    targets: Tensor
+    loss: float
+
+
+def solve(weight: Tensor, grid: Grid, factor: Factor, block_size: int) -> Solution:
+    """Returns the codes that the recursion chooses.
+
+    Args:
+        weight: float32 `[N, K]`, zero at dead features.
+        grid: the grid of every group, in the original order of columns.
+        factor: see `Factor`.
+        block_size: columns per block.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    targets = torch.empty_like(weight)
+    total = 0.0
+    for rows in torch.arange(weight.shape[0], device=weight.device).split(ROWS_PER_CHUNK):
+        codes_KR, targets_KR, loss = _solve_rows(weight[rows], grid.rows(rows), factor, block_size)
+        codes[rows[:, None], factor.order] = codes_KR.T
+        targets[rows[:, None], factor.order] = targets_KR.T
+        total += loss
+    return Solution(codes, grid, targets, total / weight.shape[0])
+
+
+def _solve_rows(
+    weight: Tensor, grid: Grid, factor: Factor, block_size: int
+) -> tuple[Tensor, Tensor, float]:
+    """Returns int8 codes and float32 targets `[K, R]`, ordered as `factor`, and the summed loss.
+
+    `residual_KR` starts as the weights; a visited row becomes w - q. A block's feedback from all
+    blocks before it is one matrix product, and inside the block one product per column: nothing
+    ahead is ever updated, so each weight is read once and written once.
+    """
+    residual_KR = weight.T[factor.order].contiguous()
+    targets_KR = residual_KR.clone()
+    codes_KR = torch.empty(residual_KR.shape, dtype=torch.int8, device=weight.device)
+    group_of = grid.group_of_column(weight.device)[factor.order].tolist()
+    scales_GR = grid.scales.T.contiguous()
+    zeros_GR = None if grid.zeros is None else grid.zeros.T.contiguous()
+    loss = 0.0
+    for stop in range(residual_KR.shape[0], 0, -block_size):
+        start = max(0, stop - block_size)
+        target_BR = targets_KR[start:stop]
+        target_BR.addmm_(factor.unit_lower[stop:, start:stop].T, residual_KR[stop:])
+        # Contiguous by visited column, because each column's feedback is a product with one row.
+        inner_BB = factor.unit_lower[start:stop, start:stop].T.contiguous()
+        errors_BR = torch.empty_like(target_BR)
+        for i in reversed(range(stop - start)):
+            k, group = start + i, group_of[start + i]
+            scale, zero = scales_GR[group], None if zeros_GR is None else zeros_GR[group]
+            target = target_BR[i].addmv_(residual_KR[k + 1 : stop].T, inner_BB[i, i + 1 :])
+            codes_KR[k] = code = nearest_code(target, scale, zero, grid.scheme)
+            value = decode(code, scale, zero, grid.scheme)
+            residual_KR[k] -= value
+            torch.sub(target, value, out=errors_BR[i])
+        loss += float((errors_BR * factor.diagonal[start:stop, None]).square_().sum())
+    # The recursion's loss is that of the damped H.
+    undamped = loss - factor.damp * float(residual_KR.square().sum(dtype=torch.float64))
+    return codes_KR, targets_KR, max(undamped, 0.0)
