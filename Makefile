@@ -1,0 +1,60 @@
+# Every target makes the environment it needs; python3 (3.10 or later), make and a network are enough.
+#
+#   make demo      quantize the bundled model and compare (about three minutes on two cores)
+#   make test      the whole test suite
+#   make lint      ruff and mypy
+#   make clean     remove the environment and everything generated
+#
+# Variables:
+#   PYTHON=python3.12     the interpreter behind .venv
+#   TORCH='...'           what pip installs as torch. On Linux the default brings CUDA, several GB.
+#                         Without a GPU:
+#     make demo TORCH='torch --extra-index-url https://download.pytorch.org/whl/cpu'
+
+PYTHON ?= python3
+TORCH ?= torch
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#   /s/^#//p' Makefile
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than what they were made from, so a second call costs nothing.
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing lowbit into $(VENV) (make TORCH=... chooses another torch, see Makefile)"
+	$(PIP) $(TORCH) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing the tools for tests and lint into $(VENV)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "make: $(PYTHON) not found; install Python 3.10 or later, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $$($(PYTHON) --version 2>&1) is too old; set PYTHON= to 3.10 or later" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: $(PYTHON) lacks venv; install it (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
