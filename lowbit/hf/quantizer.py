@@ -106,14 +106,14 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """Returns True for weights that `QuantizeOnLoad` shall see."""
-        module, _, tensor = param_name.rpartition(".")
+        module, tensor = param_name.rpartition(".")[::2]
         if self.pre_quantized or tensor != "weight":
             return False
         return module in self.selected or param_name in self._head_of
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Returns bytes per element for `device_map="auto"`: placeholders will be gone."""
-        module, _, tensor = param_name.rpartition(".")
+        module, tensor = param_name.rpartition(".")[::2]
         if tensor == "weight" and module in self.selected:
             return 0.0
         return float(param.element_size())

@@ -135,6 +135,7 @@ def _experts_error(model: PreTrainedModel, name: str, experts: dict[str, int]) -
 
 
 def scheme_for(name: str, selection: Selection) -> Scheme | None:
+    """Returns the scheme that `selection` gives the module `name`, None for 16 bits."""
     if any(_names_part(entry, name) for entry in selection.modules_to_not_convert):
         return None
     for pattern, scheme in selection.dynamic:
