@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_ops import SCHEMES
 from tiny_models import TINY, build_tiny, make_tiny
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from lowbit.algorithms import RTN
 from lowbit.errors import LowbitError
@@ -69,6 +69,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
 def edit_config(path: Path, **changes: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"].update(changes)
+    for derived in ("bits", "group_size", "sym") if "scheme" in changes else ():
+        del config["quantization_config"][derived]
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -152,11 +154,12 @@ def test_mixed_schemes_and_exclusions_survive_the_round_trip(tmp_path: Path) -> 
     source = build_tiny("llama", tmp_path / "source")
     config = LowbitConfig(
         "W3A16_G32",
-        dynamic={r"down_proj": "NF4_DQ", r"layers\.1\.self_attn": None},
+        # The first wins; sorted by name, as transformers saves dictionaries, it would be the last.
+        dynamic={r"layers\.1\.": None, r"down_proj": "NF4_DQ"},
         modules_to_not_convert=["layers.2.mlp.up_proj"],
     )
     model = load(tmp_path / "source", quantization_config=config)
-    assert type(model.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert type(model.model.layers[1].mlp.down_proj) is nn.Linear
     assert type(model.model.layers[2].mlp.up_proj) is nn.Linear
     assert model.model.layers[0].mlp.down_proj.scheme == Scheme.parse("NF4_DQ")
     assert torch.equal(logits(model), logits(fake_quantized(source, config)))
@@ -225,6 +228,15 @@ def test_loading_in_another_dtype_casts_no_stored_tensor(
     assert logits(model).dtype == dtype
 
 
+def test_a_policy_that_keeps_modules_in_fp32_casts_no_scales(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"o_proj", "norm"})
+    model = load(saved, dtype=torch.bfloat16)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.layers[0].self_attn.o_proj.weight_scale.dtype == torch.float16
+
+
 def test_dequantized_models_are_stock_models_again(tmp_path: Path) -> None:
     for family in ("llama_tied", "gpt2", "gemma2"):
         build_tiny(family, tmp_path / family)
@@ -257,6 +269,7 @@ def test_offloaded_to_disk_gives_the_same_logits(saved: Path, tmp_path: Path) ->
 def test_the_body_alone_loads(saved: Path) -> None:
     body, report = AutoModel.from_pretrained(saved, output_loading_info=True)
     assert not report["missing_keys"]
+    assert set(report["unexpected_keys"]) == {"lm_head.weight"}
     assert type(body.layers[0].mlp.up_proj) is QuantLinear
     with torch.no_grad():
         hidden = body(IDS).last_hidden_state
@@ -272,8 +285,9 @@ def test_the_config_round_trips_through_the_selection() -> None:
     )
     config = LowbitConfig.from_selection(selection, algorithm="gptq", manifest="m.json")
     stored = json.loads(json.dumps(config.to_dict()))
-    assert LowbitConfig(**stored).selection() == selection
-    assert LowbitConfig(**stored).to_dict() == stored
+    again = LowbitConfig(**stored)
+    assert again.selection() == selection
+    assert json.loads(json.dumps(again.to_dict())) == stored
     assert (stored["bits"], stored["group_size"], stored["sym"], stored["desc_act"]) == (
         4,
         64,
@@ -297,7 +311,9 @@ def test_gradients_reach_inputs_through_a_loaded_model(saved: Path) -> None:
         ({"format_version": 2}, "upgrade"),
         ({"status": "in progress"}, "--resume"),
         ({"scheme": "W5A16"}, "5 bits"),
-        ({"algorithm": "rtm"}, "did you mean 'rtn'"),
+        ({"bits": 3}, "bits=3 disagrees with scheme W4A16"),
+        ({"modules_to_not_convert": "lm_head"}, "list of names"),
+        ({"dynamic": {"up": "W5A16"}}, "5 bits"),
     ],
 )
 def test_bad_configs_are_refused(keys: dict[str, Any], message: str) -> None:
@@ -307,6 +323,8 @@ def test_bad_configs_are_refused(keys: dict[str, Any], message: str) -> None:
 
 def test_gptq_while_loading_names_the_command(tmp_path: Path) -> None:
     build_tiny("llama", tmp_path)
+    with pytest.raises(LowbitError, match="did you mean 'rtn'"):
+        load(tmp_path, quantization_config=LowbitConfig(SCHEME, algorithm="rtm"))
     with pytest.raises(LowbitError, match="lowbit quantize"):
         load(tmp_path, quantization_config=LowbitConfig(SCHEME, algorithm="gptq"))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.algorithms import ALGORITHMS, Algorithm, make_algorithm
+from lowbit.algorithms import Algorithm, make_algorithm
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.models.selection import Selection
 from lowbit.scheme import Scheme
@@ -15,8 +16,8 @@ from lowbit.scheme import Scheme
 QUANT_METHOD = "lowbit"
 FORMAT_VERSION = 1
 IN_PROGRESS = "in progress"
-# Written for other readers, which look for them; `scheme` is what counts.
-_DERIVED = ("bits", "group_size", "sym", "desc_act")
+_Choice = str | Scheme | None
+_STORED_ONLY = ("quant_method", "format_version", "status", "manifest")
 
 
 class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -24,7 +25,8 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         scheme: scheme of every linear layer of the decoder blocks, for example "W4A16_G64".
-        dynamic: regex -> scheme, or None for 16 bits; the first regex found in a name wins.
+        dynamic: regex -> scheme, or None for 16 bits, as a mapping or as pairs; the first regex
+            found in a module's name wins.
         modules_to_not_convert: names, or dotted parts of names, that stay in 16 bits.
         quantize_lm_head: also the output head.
         quantize_embeddings: also the input embedding, with a head that is tied to it.
@@ -40,7 +42,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         scheme: str | Scheme = "W4A16",
-        dynamic: Mapping[str, str | Scheme | None] | None = None,
+        dynamic: Mapping[str, _Choice] | Iterable[tuple[str, _Choice]] | None = None,
         modules_to_not_convert: Iterable[str] | None = None,
         quantize_lm_head: bool = False,
         quantize_embeddings: bool = False,
@@ -48,31 +50,36 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         algorithm_options: Mapping[str, Any] | None = None,
         **stored: Any,
     ) -> None:
-        known = {*_DERIVED, "quant_method", "format_version", "status", "manifest"}
-        unknown = sorted(stored.keys() - known)
-        if unknown:
-            own = {"scheme", "dynamic", "modules_to_not_convert", "quantize_lm_head",
-                   "quantize_embeddings", "algorithm", "algorithm_options"}  # fmt: skip
-            raise unknown_name("quantization_config key", unknown[0], known | own)
+        _require_known_keys(stored)
         _require_readable(stored)
+        if isinstance(modules_to_not_convert, str):
+            raise LowbitError(
+                "modules_to_not_convert is a list of names, got the string "
+                f"{modules_to_not_convert!r}; put it in brackets"
+            )
         parsed = Scheme.parse(scheme)
-        schemes = {k: None if v is None else Scheme.parse(v) for k, v in (dynamic or {}).items()}
+        pairs = dynamic.items() if isinstance(dynamic, Mapping) else dynamic or ()
         self.quant_method = QUANT_METHOD
         self.format_version = FORMAT_VERSION
         self.scheme = str(parsed)
-        self.dynamic = {k: None if v is None else str(v) for k, v in schemes.items()}
+        # A list, because transformers sorts the keys of what it saves and the order counts.
+        self.dynamic: list[tuple[str, str | None]] = [
+            (pattern, None if choice is None else str(Scheme.parse(choice)))
+            for pattern, choice in pairs
+        ]
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.algorithm = algorithm
         self.algorithm_options = dict(algorithm_options or {})
-        self.bits = parsed.bits
-        self.group_size = parsed.group_size or -1  # -1: one group per channel, as GPTQ writes it
-        self.sym = parsed.symmetric
-        self.desc_act = False
         self.manifest = stored.get("manifest")
-        if algorithm not in ALGORITHMS:
-            raise unknown_name("algorithm", algorithm, ALGORITHMS)
+        for key, value in _derived(parsed).items():
+            if stored.get(key, value) != value:
+                raise LowbitError(
+                    f"{key}={stored[key]!r} disagrees with scheme {self.scheme}; it is only a copy "
+                    "for other readers, change the scheme (for example W3A16_G64)"
+                )
+            setattr(self, key, value)
 
     @staticmethod
     def from_selection(selection: Selection, **keys: Any) -> LowbitConfig:
@@ -84,7 +91,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """
         return LowbitConfig(
             scheme=selection.scheme,
-            dynamic=dict(selection.dynamic),
+            dynamic=selection.dynamic,
             modules_to_not_convert=selection.modules_to_not_convert,
             quantize_lm_head=selection.quantize_lm_head,
             quantize_embeddings=selection.quantize_embeddings,
@@ -97,7 +104,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             scheme=Scheme.parse(self.scheme),
             dynamic=tuple(
                 (pattern, None if text is None else Scheme.parse(text))
-                for pattern, text in self.dynamic.items()
+                for pattern, text in self.dynamic
             ),
             modules_to_not_convert=tuple(self.modules_to_not_convert),
             quantize_lm_head=self.quantize_lm_head,
@@ -138,11 +145,29 @@ def sentinel_key(selected_names: Iterable[str]) -> str:
     return f"{next(iter(selected_names))}.weight"
 
 
+def _derived(scheme: Scheme) -> dict[str, Any]:
+    """Returns what other readers look for; here, the scheme is what counts."""
+    return {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,  # -1: one group per channel, as GPTQ writes it
+        "sym": scheme.symmetric,
+        "desc_act": False,
+    }
+
+
+def _require_known_keys(stored: Mapping[str, Any]) -> None:
+    known = {*_STORED_ONLY, *_derived(Scheme())}
+    unknown = sorted(stored.keys() - known)
+    if unknown:
+        own = set(inspect.signature(LowbitConfig).parameters) - {"stored"}
+        raise unknown_name("quantization_config key", unknown[0], known | own)
+
+
 def _require_readable(stored: Mapping[str, Any]) -> None:
     version = stored.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise LowbitError(
-            f"the checkpoint has lowbit format version {version}, this lowbit reads "
+            f"the checkpoint has lowbit format version {version}, this lowbit reads version "
             f"{FORMAT_VERSION}; upgrade with `pip install -U lowbit`"
         )
     if stored.get("status") == IN_PROGRESS:

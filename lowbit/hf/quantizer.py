@@ -81,7 +81,8 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored += [f"{head}.weight"] if head is not None else []
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            *(rf"^{re.escape(name)}$" for name in ignored),
+            # The body alone has names without the prefix that they have in the file.
+            *(rf"(^|\.){re.escape(name)}$" for name in ignored),
         }
         return model
 

@@ -18,12 +18,12 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         LowbitError: if the model has no such list.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     block_classes = set(model._no_split_modules or ())
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and depth > 0
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
     for name, layers in candidates:
         if type(layers[0]).__name__ in block_classes:
