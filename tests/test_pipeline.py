@@ -19,7 +19,7 @@ from lowbit.calibration.statistics import HessianAccumulator
 from lowbit.calibration.tokens import load_calibration
 from lowbit.checkpoint.journal import Journal
 from lowbit.models.selection import Selection, select_modules, weight_is_transposed
-from lowbit.pipeline.run import BATCH_TOKENS
+from lowbit.pipeline.plan import BATCH_TOKENS
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.checkpoint.reader import file_digest, read_json
 from lowbit.checkpoint.writer import TEMPORARY_SUFFIX, disk_errors, write_json
 from lowbit.errors import LowbitError
 
 JOURNAL_NAME = "lowbit_journal.json"
 MANIFEST_NAME = "lowbit_manifest.json"
+MAX_THREADS = 1024
 
 Fingerprint = dict[str, Any]
 
@@ -83,6 +86,15 @@ class Journal:
     def _write(self) -> None:
         content = {"fingerprint": self.fingerprint, "parts": self.parts}
         write_json(self.directory / JOURNAL_NAME, content)
+
+
+def restore_threads(directory: Path) -> None:
+    """Takes the thread count of the unfinished run in `directory`, if there is one."""
+    journal = directory / JOURNAL_NAME
+    if journal.exists():
+        threads = read_json(journal, "").get("fingerprint", {}).get("threads")
+        if isinstance(threads, int) and 0 < threads <= MAX_THREADS:
+            torch.set_num_threads(threads)
 
 
 def _refuse_occupied(directory: Path, present: list[str], source: str | None, resume: bool) -> None:

@@ -62,7 +62,7 @@ def eval_command(
     from lowbit_eval.report import render
     from rich.console import Console
 
-    from lowbit.cli.load import choose_device, load_model, quiet_libraries, use_threads
+    from lowbit.hf.loading import choose_device, load_model, quiet_libraries, use_threads
     from lowbit.progress import RunProgress
 
     quiet_libraries()
@@ -90,7 +90,7 @@ def eval_command(
 def _windows(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:
     """Returns the windows to evaluate, tokenised by the model's own tokenizer."""
     from lowbit.calibration.tokens import TOKEN_SUFFIXES, load_windows
-    from lowbit.cli.load import load_config, load_tokenizer
+    from lowbit.hf.loading import load_config, load_tokenizer
 
     if limit is not None and limit < 1:
         raise LowbitError(f"--windows must be at least 1, got {limit}")
@@ -117,7 +117,7 @@ def _slicing(by_document: bool, labels: Path | None, windows: TokenWindows) -> S
 
 
 def _check_baseline(against: str, windows: TokenWindows) -> None:
-    from lowbit.cli.load import load_config
+    from lowbit.hf.loading import load_config
 
     vocab_size = load_config(against).vocab_size
     if int(windows.ids.max()) >= vocab_size:

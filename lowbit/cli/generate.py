@@ -38,7 +38,7 @@ def generate_command(
 
     Example: lowbit generate ./llama-w4 "Once upon a time" --temperature 0.8 --seed 1
     """
-    from lowbit.cli.load import (
+    from lowbit.hf.loading import (
         choose_device,
         load_config,
         load_model,

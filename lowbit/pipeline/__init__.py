@@ -1,5 +1,6 @@
 """From a checkpoint to a quantized checkpoint, one decoder block in memory at a time."""
 
-from lowbit.pipeline.quantization import QuantizedCheckpoint, quantize
+from lowbit.pipeline.plan import QuantizedCheckpoint
+from lowbit.pipeline.quantization import quantize
 
 __all__ = ["QuantizedCheckpoint", "quantize"]

@@ -29,9 +29,6 @@ from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
-# Tokens that go through a block at once: enough to fill a matmul, small beside a block's weights.
-BATCH_TOKENS = 4096
-
 
 @dataclass(frozen=True)
 class Piece:

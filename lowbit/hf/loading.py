@@ -1,4 +1,4 @@
-"""Loading for the command line: everything that is wrong with a path ends in one sentence.
+"""Loading for our own commands: everything that is wrong with a path ends in one sentence.
 
 A local folder is checked by our own reader before transformers sees it, because transformers gives
 random weights to tensors that it misses and only warns.
@@ -56,7 +56,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|torch)(\.|$)")
 
 
-def choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     """Returns the device named, or the first GPU, or the CPU.
 
     Raises:
@@ -69,7 +69,7 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LowbitError(
-            f"device {device!r} cannot be used here ({_one_line(error)}); try cpu"
+            f"device {str(device)!r} cannot be used here ({one_line(error)}); try cpu"
         ) from error
     return chosen
 
@@ -98,7 +98,7 @@ def load_config(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         Checkpoint.open(path)
     with _loading(path, "configuration"):
         config = AutoConfig.from_pretrained(path)
@@ -106,11 +106,12 @@ def load_config(path: str) -> Any:
         return config.get_text_config()
 
 
-def load_tokenizer(path: str) -> Tokenizer | None:
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """Returns the tokenizer of a checkpoint, or None for a folder without one."""
     from transformers import AutoTokenizer
 
-    if not _is_hub_name(path) and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+    path = str(path)
+    if not is_hub_name(path) and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         return None
     with _loading(path, "tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path)
@@ -207,16 +208,17 @@ def _loading(path: str, what: str) -> Iterator[None]:
         StrictDataclassError,  # fields of the wrong type
         SafetensorError,
     ) as error:
-        local = not _is_hub_name(path)
+        local = not is_hub_name(path)
         where = path if local else f"{path} (no folder here, so the hub was asked)"
-        raise LowbitError(f"{where}: the {what} cannot be loaded: {_one_line(error)}") from error
+        raise LowbitError(f"{where}: the {what} cannot be loaded: {one_line(error)}") from error
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
+    """Returns True for `owner/name` unless there is such a folder here."""
     return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Returns the message on one line, cut where a sentence would become a page."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON].rstrip()} ..."

@@ -1,0 +1,146 @@
+"""A checked run: what its result depends on, and the files around its shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.algorithms import Algorithm
+from lowbit.calibration.tokens import CalibrationTokens
+from lowbit.checkpoint import write_json
+from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal
+from lowbit.errors import LowbitError
+from lowbit.hf.config import IN_PROGRESS, LowbitConfig, sentinel_key
+from lowbit.models.streaming import StreamedDecoder
+from lowbit.pipeline.output import digest_json, manifest, write_index, write_side_files
+from lowbit.pipeline.run import QuantizationRun
+from lowbit.progress import RunProgress
+from lowbit.scheme import Scheme
+
+# Tokens that go through a block at once: enough to fill a matmul, small beside a block's weights.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A finished output directory.
+
+    Args:
+        path: the directory.
+        manifest: the content of its `lowbit_manifest.json`.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes, padding, scales and zero points."""
+        return float(self.manifest["summary"]["bits_per_weight"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs, checked.
+
+    Args:
+        decoder: the streamed source.
+        selected: module name -> scheme.
+        algorithm: chooses codes.
+        tokens: calibration windows, None to run nothing.
+        config: what `config.json` will say.
+        directory: the output.
+    """
+
+    decoder: StreamedDecoder
+    selected: dict[str, Scheme]
+    algorithm: Algorithm
+    tokens: CalibrationTokens | None
+    config: LowbitConfig
+    directory: Path
+
+    def execute(self, resume: bool, progress: bool) -> QuantizedCheckpoint:
+        """Returns the finished checkpoint; see `output.py` for the order of writing."""
+        source = self.decoder.checkpoint
+        with RunProgress(progress) as bar:
+            bar.stage("checking weights", sum(e.end - e.begin for e in source.entries.values()))
+            fingerprint = self.fingerprint(source.verify(bar.advance))
+            self._check_space()
+            journal = Journal.start(self.directory, fingerprint, resume)
+            self._write_config({"status": IN_PROGRESS})
+            run = QuantizationRun(
+                self.decoder, self.selected, self.algorithm, self._batches(), journal, bar
+            )
+            files = run.execute(sentinel_key(self.selected))
+        write_index(self.directory, files)
+        write_side_files(source.path, self.directory)
+        content = manifest(journal, fingerprint, self.selected)
+        write_json(self.directory / MANIFEST_NAME, content)
+        self._write_config({"manifest": MANIFEST_NAME})
+        journal.remove()
+        return QuantizedCheckpoint(self.directory, content)
+
+    def fingerprint(self, weights: dict[str, str]) -> Fingerprint:
+        """Returns everything that the bytes of the result depend on, as JSON values.
+
+        Args:
+            weights: file name -> SHA-256 of the source's files.
+        """
+        tokens = self.tokens
+        content: Fingerprint = {
+            "versions": {
+                "lowbit": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+            "model": {"config": digest_json(self.decoder.checkpoint.config), "weights": weights},
+            "ignored_tensors": self.decoder.ignored,
+            "options": self.config.to_dict(),
+            "calibration": {**tokens.description, "digest": tokens.digest} if tokens else None,
+            "device": self.decoder.device.type,
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            # How a sum is split over threads decides its last bits.
+            "threads": torch.get_num_threads(),
+        }
+        # Compared with what a journal gives back: tuples have become lists there.
+        return cast(Fingerprint, json.loads(json.dumps(content)))
+
+    def _batches(self) -> list[Tensor]:
+        if self.tokens is None:
+            return []
+        ids = self.tokens.ids
+        return list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+
+    def _check_space(self) -> None:
+        """Refuses before any work if the result cannot fit on the disk."""
+        entries = self.decoder.checkpoint.entries
+        needed = sum(entry.end - entry.begin for entry in entries.values())
+        for name, scheme in self.selected.items():
+            for entry in (entries[key] for key in self.decoder.sources.get(f"{name}.weight", ())):
+                rows, columns = entry.shape
+                needed += scheme.stored_bytes((rows, columns)) - (entry.end - entry.begin)
+        # What an interrupted run has written needs no space again.
+        needed -= sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
+        existing = (self.directory.absolute(), *self.directory.absolute().parents)
+        free = shutil.disk_usage(next(path for path in existing if path.exists())).free
+        if free < needed:
+            raise LowbitError(
+                f"{self.directory}: the result needs about {needed / 1e9:.2f} GB, but the disk has "
+                f"{free / 1e9:.2f} GB free; choose another disk"
+            )
+
+    def _write_config(self, state: dict[str, str]) -> None:
+        """Writes `config.json`: the source's, with ours and `state` as `quantization_config`."""
+        content = dict(self.decoder.checkpoint.config)
+        content["quantization_config"] = {**self.config.to_dict(), **state}
+        if self.decoder.head_name in self.selected:
+            content["tie_word_embeddings"] = False  # the head has its own codes now
+        write_json(self.directory / "config.json", content)
