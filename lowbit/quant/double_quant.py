@@ -51,7 +51,9 @@ class DoubleQuantizedScales:
         scales = self.offset.float()[block] + self.step.float()[block] * magnitude_codes.float()
         if self.signed:
             scales = torch.where(self.codes >= 0x80, -scales, scales)
-        return scales.to(scale_dtype).float()
+        # The step is rounded up, so a block's largest scale may decode to just above it.
+        largest = torch.finfo(scale_dtype).max
+        return scales.clamp(-largest, largest).to(scale_dtype).float()
 
 
 def double_quantize(scales: Tensor, signed: bool) -> DoubleQuantizedScales:

@@ -61,7 +61,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Returns the int8 codes `[..., columns]` of `packed`, the inverse of `pack`."""
     unit_codes, unit_bytes = _unit(bits)
-    as_bytes = packed.contiguous().view(torch.uint8)
+    words = packed.contiguous()
+    if words.stride(-1) != 1:  # torch calls [n, 1] contiguous whatever its last stride is
+        words = words.clone(memory_format=torch.contiguous_format)
+    as_bytes = words.view(torch.uint8)
     units = math.ceil(columns / unit_codes)
     if units * unit_bytes > as_bytes.shape[-1]:  # the last 3-byte unit may be cut by the word
         missing = units * unit_bytes - as_bytes.shape[-1]
