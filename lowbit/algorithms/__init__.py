@@ -29,7 +29,10 @@ def algorithm_options(algorithm: Algorithm) -> dict[str, Any]:
     return {field.name: getattr(algorithm, field.name) for field in fields(algorithm)}  # type: ignore[arg-type]
 
 
-def make_algorithm(name: str | Algorithm, **options: Any) -> Algorithm:
+_ARTICLES = {bool: "a bool", int: "an int", float: "a float"}
+
+
+def make_algorithm(name: str | Algorithm, /, **options: Any) -> Algorithm:
     """Returns the algorithm `name` with `options`; a finished algorithm passes through.
 
     Raises:
@@ -55,7 +58,7 @@ def make_algorithm(name: str | Algorithm, **options: Any) -> Algorithm:
         # bool is a subclass of int: True is no block size.
         if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
             raise LowbitError(
-                f"{name}: option {option} is a {expected.__name__} such as {defaults[option]!r}, "
+                f"{name}: option {option} is {_ARTICLES[expected]} such as {defaults[option]!r}, "
                 f"got {value!r}"
             )
     return algorithm(**options)

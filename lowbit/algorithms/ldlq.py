@@ -63,7 +63,7 @@ def factorise(hessian: Tensor, damp_percent: float, act_order: bool) -> Factor |
     Each damping is tried in fp32 and, where rounding spoils that, in fp64.
     """
     diagonal = hessian.diagonal()
-    dead = diagonal <= 0
+    dead = diagonal == 0
     live = diagonal[~dead]
     if live.numel() == 0 or not bool(hessian.isfinite().all()):
         return None
