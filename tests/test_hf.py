@@ -350,22 +350,29 @@ def test_a_config_that_disagrees_with_the_file_is_refused(
         load(copied)
 
 
-def test_a_model_of_nearly_the_same_size_is_refused(copied: Path) -> None:
+def test_a_config_of_another_model_size_is_refused(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    config["intermediate_size"] = 166  # 166 and 168 codes fill equally many words and groups
+    config["intermediate_size"] = 160
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(LowbitError, match="do not belong together"):
         load(copied)
 
 
-def test_a_missing_stored_tensor_is_named(copied: Path) -> None:
-    file = next(
-        f
-        for f in sorted(copied.glob("*.safetensors"))
-        if "weight_scale" in str(load_file(f).keys())
-    )
+def test_a_width_that_fills_as_many_words_is_refused(copied: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight_shape"
+    file = next(file for file in copied.glob("*.safetensors") if name in load_file(file))
     stored = load_file(file)
-    name = next(key for key in stored if key.endswith("weight_scale"))
+    # 166 and 168 codes of 4 bits fill 21 words and 6 groups of 32.
+    stored[name] = torch.tensor([64, 166])
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(LowbitError, match=r"weight_shape' says \[64, 166\]"):
+        load(copied)
+
+
+def test_a_missing_stored_tensor_is_named(copied: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    file = next(file for file in copied.glob("*.safetensors") if name in load_file(file))
+    stored = load_file(file)
     del stored[name]
     save_file(stored, file, {"format": "pt"})
     with pytest.raises(LowbitError, match=f"'{name}' is missing"):
