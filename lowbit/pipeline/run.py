@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms import Algorithm, make_algorithm
-from lowbit.algorithms.base import Quantized, Statistics
+from lowbit.algorithms.base import Statistics
 from lowbit.calibration.capture import collect_statistics, input_groups
 from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.reader import read_header, read_quantized
@@ -73,6 +73,7 @@ class QuantizationRun:
         self.pieces = plan_pieces(decoder, selected)
         self.sentinel: str | None = None
         self._activations: Activations | None = None
+        self._last_loss: float | int | str | None = None
         # Embeddings are looked up, not multiplied: their inputs have no Hessian.
         self._data_free = make_algorithm("rtn")
 
@@ -127,7 +128,7 @@ class QuantizationRun:
                 writer.add(self.sentinel, torch.empty(0, dtype=torch.uint8))
             for group, statistics in self._groups(piece):
                 for name in group:
-                    self.progress.describe(f"{piece.name} {name.removeprefix(piece.name + '.')}")
+                    self._describe(piece, name.removeprefix(piece.name + "."))
                     reports[name] = self._quantize_module(
                         name, piece.modules[name], statistics, writer
                     )
@@ -151,9 +152,11 @@ class QuantizationRun:
             yield from (([name], None) for name in linears)
             return
         run = self._runner(piece)
+        self._describe(piece, "measuring")
         groups = input_groups(lambda: run(0), linears)
         for group in groups:
             module = linears[group[0]]
+            self._describe(piece, "measuring")
             statistics = collect_statistics(
                 run, len(self.batches), module, weight_shape(module)[1], group[0]
             )
@@ -187,7 +190,7 @@ class QuantizationRun:
         if self.batches:
             _set_weight(module, qweight)
         self.progress.advance(weight.numel())
-        self._show_loss(name, result)
+        self._last_loss = result.report.get("loss")
         return {
             "scheme": str(scheme),
             "algorithm": algorithm.name,
@@ -200,9 +203,12 @@ class QuantizationRun:
             **result.report,
         }
 
-    def _show_loss(self, name: str, result: Quantized) -> None:
-        if "loss" in result.report:
-            self.progress.describe(f"{_tail(name)} loss {float(result.report['loss']):.2e}")
+    def _describe(self, piece: Piece, doing: str) -> None:
+        """Shows block, layer and the loss of the layer before."""
+        block = piece.name if piece.block is None else f"block {piece.block + 1}"
+        of = "" if piece.block is None else f"/{len(self.decoder.layers)}"
+        loss = "" if self._last_loss is None else f"loss {float(self._last_loss):.1e}"
+        self.progress.describe(f"{block}{of} {doing:<20.20} {loss:<12}")
 
     def _restore(self, piece: Piece) -> None:
         """Puts the decoded weights of a finished piece in place, from its shard."""
@@ -211,7 +217,7 @@ class QuantizationRun:
         for name, scheme in piece.modules.items():
             module = self._module(name)
             _set_weight(module, read_quantized(entries, name, scheme, weight_shape(module)))
-        self.progress.describe(f"{piece.name} (finished before)")
+        self._describe(piece, "finished before")
         self.progress.advance(self._weights(piece))
 
     def _propagate(self, piece: Piece) -> None:
@@ -271,7 +277,3 @@ def _all_keys(scheme: Scheme) -> list[str]:
 def _set_weight(module: nn.Module, qweight: QuantizedWeight) -> None:
     decoded = qweight.dequantize(module.weight.dtype).to(module.weight.device)
     module.weight.data = decoded.T if weight_is_transposed(module) else decoded
-
-
-def _tail(name: str) -> str:
-    return ".".join(name.split(".")[-3:])
