@@ -232,8 +232,8 @@ def test_layers_with_the_same_statistics_share_one_factorisation(
     monkeypatch.setattr(gptq_module, "factorise", counting)
     scheme, weight = Scheme.parse("W4A16_G32"), weight_of(8, 96)
     first, equal = statistics_of(96), statistics_of(96)
-    for _ in range(3):
-        GPTQ().quantize(weight, scheme, first)
+    for block_size in (32, 64, 128):
+        GPTQ(block_size=block_size).quantize(weight, scheme, first)
     assert len(calls) == 1
     GPTQ().quantize(weight, scheme, equal)  # equal values, but another object
     GPTQ(act_order=False).quantize(weight, scheme, equal)
@@ -242,7 +242,7 @@ def test_layers_with_the_same_statistics_share_one_factorisation(
 
 def test_factor_is_freed_with_its_statistics() -> None:
     statistics = statistics_of(96)
-    factor = gptq_module.shared_factor(statistics, GPTQ())
+    factor = gptq_module.shared_factor(statistics, 0.01, act_order=True)
     assert factor is not None
     alive = weakref.ref(factor)
     del factor

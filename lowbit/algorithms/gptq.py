@@ -80,7 +80,7 @@ class GPTQ:
                 f"gptq: statistics are of {size} input features, but the weight has "
                 f"{weight.shape[1]}"
             )
-        factor = shared_factor(statistics, self)
+        factor = shared_factor(statistics, self.damp_percent, self.act_order)
         if factor is None:
             usable = statistics if bool(statistics.hessian.isfinite().all()) else None
             fallback = RTN(self.search).quantize(weight, scheme, usable)
@@ -102,22 +102,23 @@ class GPTQ:
         return Quantized(best.codes, best.grid, report)
 
 
-_last_factor: tuple[weakref.ref[Statistics], GPTQ, Factor | None] | None = None
+_last_factor: tuple[weakref.ref[Statistics], tuple[float, bool], Factor | None] | None = None
 
 
-def shared_factor(statistics: Statistics, options: GPTQ) -> Factor | None:
+def shared_factor(statistics: Statistics, damp_percent: float, act_order: bool) -> Factor | None:
     """Returns `factorise(...)`, computed once for consecutive layers with the same statistics.
 
     q, k and v get the same `Statistics` object one after the other, so remembering one factor is
     enough; it is dropped together with the statistics (it is as large as H).
     """
     global _last_factor
+    options = damp_percent, act_order
     if _last_factor is not None:
         known, known_options, factor = _last_factor
         if known() is statistics and known_options == options:
             return factor
     _last_factor = None
-    factor = factorise(statistics.hessian, options.damp_percent, options.act_order)
+    factor = factorise(statistics.hessian, damp_percent, act_order)
     _last_factor = (weakref.ref(statistics, _forget_factor), options, factor)
     return factor
 
