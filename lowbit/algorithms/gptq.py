@@ -13,7 +13,7 @@ layer is solved, and they are fitted again to the targets that this solution met
 weighted as in the recursion's loss; the better of the two solutions is kept. KL to the original of
 a 4M-parameter Llama, mean of 3 calibration seeds, one fit -> two: W2A16_G64 .282 -> .244, W3A16_G64
 .0392 -> .0382, W4A16_G64 .00888 -> .00885. Which error the first fit weighs with (none, diag(H),
-conditional variances, the group's block of H) made no difference beyond the spread of the seeds.
+conditional variances, the group's block of H) moved KL by at most 4%, and none won everywhere.
 """
 
 from __future__ import annotations
