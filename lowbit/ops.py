@@ -34,23 +34,26 @@ _library.define(
 
 def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """Returns `x w^T + bias`, `[..., out_features]` in x's dtype; differentiable in x and bias."""
-    return torch.ops.lowbit.linear(
+    result: Tensor = torch.ops.lowbit.linear(
         x, *_stored(qweight), bias, str(qweight.scheme), qweight.in_features
     )
+    return result
 
 
 def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the weight `[out_features, in_features]` in `dtype`."""
-    return torch.ops.lowbit.dequantize(
+    result: Tensor = torch.ops.lowbit.dequantize(
         *_stored(qweight), str(qweight.scheme), qweight.in_features, dtype
     )
+    return result
 
 
 def embedding(ids: Tensor, qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the rows `ids` of the weight, `[*ids.shape, in_features]` in `dtype`."""
-    return torch.ops.lowbit.embedding(
+    result: Tensor = torch.ops.lowbit.embedding(
         ids, *_stored(qweight), str(qweight.scheme), qweight.in_features, dtype
     )
+    return result
 
 
 def _stored(qweight: QuantizedWeight) -> tuple[Tensor | None, ...]:
@@ -142,7 +145,9 @@ def _autocast_linear(device: str) -> Any:
 
     def kernel(x: Tensor, *arguments: Any) -> Tensor:
         with torch.autocast(device, enabled=False):
-            return torch.ops.lowbit.linear(x.to(torch.get_autocast_dtype(device)), *arguments)
+            lowered = x.to(torch.get_autocast_dtype(device))
+            result: Tensor = torch.ops.lowbit.linear(lowered, *arguments)
+            return result
 
     return kernel
 

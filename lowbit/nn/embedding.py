@@ -11,7 +11,7 @@ from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
 
-class QuantEmbedding(StoredWeight, nn.Embedding):  # type: ignore[misc]
+class QuantEmbedding(StoredWeight, nn.Embedding):  # type: ignore[override] # `weight` is decoded
     """A table of `num_embeddings` quantized rows.
 
     Args:

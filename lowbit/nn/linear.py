@@ -13,7 +13,7 @@ from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
 
-class QuantLinear(StoredWeight, nn.Linear):  # type: ignore[misc]
+class QuantLinear(StoredWeight, nn.Linear):  # type: ignore[override] # `weight` is decoded
     """`x w^T + bias` with a quantized `w`; an `nn.Linear` for everything that looks for those.
 
     Args:
@@ -79,7 +79,7 @@ class TiedQuantLinear(QuantLinear):
         bias: the head's own bias, or None.
     """
 
-    def __init__(self, embedding: QuantEmbedding, bias: Tensor | None) -> None:
+    def __init__(self, embedding: QuantEmbedding, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.scheme, self.logical_shape = embedding.scheme, embedding.logical_shape

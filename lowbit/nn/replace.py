@@ -9,6 +9,7 @@ that nothing is tied any more.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,10 +30,11 @@ def weight_is_transposed(module: nn.Module) -> bool:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """Returns (out_features, in_features) of a linear layer, Conv1D or embedding."""
-    if weight_is_transposed(module):
+    if isinstance(module, Conv1D):
         return module.nf, module.nx
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
+    assert isinstance(module, nn.Linear)
     return module.out_features, module.in_features
 
 
@@ -109,7 +111,8 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _plain_like(module: StoredWeight, dtype: torch.dtype) -> nn.Module:
     weight = module.dequantize(dtype)
-    plain_class = module.plain_class
+    plain: nn.Module
+    plain_class: Any = module.plain_class
     if isinstance(module, QuantEmbedding):
         scale = module.scalar_embed_scale
         extra = {} if scale is None else {"embed_scale": scale}
@@ -118,14 +121,17 @@ def _plain_like(module: StoredWeight, dtype: torch.dtype) -> nn.Module:
         plain = Conv1D(*module.logical_shape)
         weight = weight.T.contiguous()
     else:
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        out_features, in_features = module.logical_shape
+        plain = nn.Linear(in_features, out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(weight)
     if not isinstance(module, QuantEmbedding):
         plain.bias = module.bias
     return plain
 
 
-def _quantized_like(old: nn.Module, scheme: Scheme, dtype: torch.dtype) -> nn.Module:
+def _quantized_like(
+    old: nn.Module, scheme: Scheme, dtype: torch.dtype
+) -> QuantLinear | QuantEmbedding:
     out_features, in_features = weight_shape(old)
     if isinstance(old, nn.Embedding):
         return QuantEmbedding(
@@ -138,7 +144,7 @@ def _quantized_like(old: nn.Module, scheme: Scheme, dtype: torch.dtype) -> nn.Mo
             device="meta",
         )
     new = QuantLinear(in_features, out_features, False, scheme, dtype, "meta")
-    new.bias = old.bias
+    new.bias = cast(nn.Parameter, old.bias)
     return new
 
 

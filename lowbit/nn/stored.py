@@ -13,7 +13,7 @@ from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
 
-class StoredWeight(nn.Module):  # type: ignore[misc] # mypy does not follow torch
+class StoredWeight(nn.Module):
     """Mixin: holds one quantized weight instead of a parameter `weight`.
 
     Integer tensors are parameters (accelerate offloads parameters, not buffers). Float tensors are
@@ -28,6 +28,8 @@ class StoredWeight(nn.Module):  # type: ignore[misc] # mypy does not follow torc
         plain_class: the class that this module replaces, to go back to.
     """
 
+    weight_packed: Tensor
+    weight_scale: Tensor
     scheme: Scheme
     logical_shape: tuple[int, int]
     compute_dtype: torch.dtype
@@ -93,7 +95,7 @@ class StoredWeight(nn.Module):  # type: ignore[misc] # mypy does not follow torc
         if placeholder is not None:
             return placeholder
         decoded = self.dequantize()
-        decoded._is_hf_initialized = True
+        decoded._is_hf_initialized = True  # type: ignore[attr-defined]
         return decoded
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,7 +116,7 @@ class StoredWeight(nn.Module):  # type: ignore[misc] # mypy does not follow torc
             return moved
 
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.scheme.tensor_specs(self.logical_shape))

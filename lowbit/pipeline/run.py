@@ -176,7 +176,7 @@ class QuantizationRun:
     ) -> dict[str, Any]:
         """Quantizes one module, appends its tensors, puts the decoded weight in place."""
         module = self._module(name)
-        weight = module.weight.detach()
+        weight = _weight(module).detach()
         weight = weight.T if weight_is_transposed(module) else weight
         algorithm, report = self.algorithm, {}
         if algorithm.needs_statistics and statistics is None:
@@ -246,7 +246,8 @@ class QuantizationRun:
             self.decoder.free(self.decoder.model.get_input_embeddings())
 
     def _module(self, name: str) -> nn.Module:
-        return self.decoder.model.get_submodule(name)
+        module: nn.Module = self.decoder.model.get_submodule(name)
+        return module
 
 
 def plan_pieces(decoder: StreamedDecoder, selected: dict[str, Scheme]) -> list[Piece]:
@@ -274,6 +275,13 @@ def _all_keys(scheme: Scheme) -> list[str]:
     return list(scheme.tensor_specs((1, 1)))
 
 
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def _set_weight(module: nn.Module, qweight: QuantizedWeight) -> None:
-    decoded = qweight.dequantize(module.weight.dtype).to(module.weight.device)
-    module.weight.data = decoded.T if weight_is_transposed(module) else decoded
+    weight = _weight(module)
+    decoded = qweight.dequantize(weight.dtype).to(weight.device)
+    weight.data = decoded.T if weight_is_transposed(module) else decoded

@@ -42,15 +42,24 @@ class DoubleQuantizedScales:
     step: Tensor
     signed: bool
 
-    def decode(self, scale_dtype: torch.dtype) -> Tensor:
-        """Returns the scales, float32 `[out_features, groups]`, exact in `scale_dtype`."""
-        block = torch.arange(self.codes.numel(), device=self.codes.device) // DOUBLE_QUANT_BLOCK
-        block = block.view(self.codes.shape)
-        magnitude_codes = self.codes & 0x7F if self.signed else self.codes
+    def decode(self, scale_dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """Returns the scales, float32 `[out_features, groups]`, exact in `scale_dtype`.
+
+        Args:
+            scale_dtype: the scheme's scale dtype.
+            rows: int64 `[n]`, the rows to decode, `[n, groups]`; None decodes all.
+        """
+        groups, device = self.codes.shape[1], self.codes.device
+        if rows is None:
+            rows = torch.arange(self.codes.shape[0], device=device)
+        block = rows[:, None] * groups + torch.arange(groups, device=device)
+        block //= DOUBLE_QUANT_BLOCK
+        codes = self.codes[rows]
+        magnitude_codes = codes & 0x7F if self.signed else codes
         # fp32 holds bf16 * 8-bit code exactly; only the sum rounds, once, then the cast.
         scales = self.offset.float()[block] + self.step.float()[block] * magnitude_codes.float()
         if self.signed:
-            scales = torch.where(self.codes >= 0x80, -scales, scales)
+            scales = torch.where(codes >= 0x80, -scales, scales)
         # The step is rounded up, so a block's largest scale may decode to just above it.
         largest = torch.finfo(scale_dtype).max
         return scales.clamp(-largest, largest).to(scale_dtype).float()

@@ -104,8 +104,12 @@ class QuantizedWeight:
         """Returns the int8 codes `[out_features, in_features]`."""
         return unpack(self.packed, self.scheme.bits, self.in_features)
 
-    def grid(self) -> Grid:
-        """Returns the scales and zero points, decoded to float32."""
+    def grid(self, rows: Tensor | None = None) -> Grid:
+        """Returns the scales and zero points, decoded to float32.
+
+        Args:
+            rows: int64 `[n]`, the rows to decode; None decodes all.
+        """
         scheme, dq = self.scheme, None
         if scheme.double_quant:
             assert self.scale_offset is not None
@@ -113,10 +117,14 @@ class QuantizedWeight:
             dq = DoubleQuantizedScales(
                 self.scale, self.scale_offset, self.scale_step, scheme.signed_scales
             )
-        scales = dq.decode(scheme.torch_scale_dtype) if dq else self.scale.float()
+            scales = dq.decode(scheme.torch_scale_dtype, rows)
+        else:
+            scales = (self.scale if rows is None else self.scale[rows]).float()
         zeros = None
         if self.zero_point is not None:
-            zeros = unpack(self.zero_point.T, scheme.bits, self.shape[0]).T.float()
+            # Packed along the rows, so they are unpacked together: one per group, not per weight.
+            zeros = unpack(self.zero_point.T, scheme.bits, self.shape[0]).T
+            zeros = (zeros if rows is None else zeros[rows]).float()
         return Grid(scheme, self.in_features, scales, zeros, dq)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,4 +134,4 @@ class QuantizedWeight:
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weights of `rows` (int64 `[n]`) alone, `[n, in_features]` (embeddings)."""
         codes = unpack(self.packed[rows], self.scheme.bits, self.in_features)
-        return self.grid().rows(rows).dequantize(codes).to(dtype)
+        return self.grid(rows).dequantize(codes).to(dtype)

@@ -1,0 +1,16 @@
+"""One thread per test process: the models are tiny, and pytest runs a process per core.
+
+Two threads that wait for each other on a busy core are many times slower than one.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Also for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402 - reads the thread count when imported
+
+torch.set_num_threads(1)
