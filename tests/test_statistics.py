@@ -29,11 +29,13 @@ def assert_close(hessian: torch.Tensor, expected: np.ndarray) -> None:
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     features=st.integers(1, 24),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
 )
 def test_mean_does_not_depend_on_the_batches(
-    sizes: list[int], features: int, dtype: torch.dtype
+    sizes: list[int], features: int, dtype: torch.dtype, seed: int
 ) -> None:
-    x = (torch.randn(sum(sizes), features) * 3).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(sum(sizes), features, generator=generator) * 3).to(dtype)
     accumulator = HessianAccumulator(features, "cpu")
     for part in x.split(sizes):
         accumulator.add(part)
