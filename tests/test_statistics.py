@@ -19,9 +19,12 @@ def reference(x: torch.Tensor) -> np.ndarray:
 
 
 def assert_close(hessian: torch.Tensor, expected: np.ndarray) -> None:
-    """Asserts equality up to fp32 rounding, relative to the largest entry."""
+    """Asserts equality up to fp32 rounding, relative to the largest entry.
+
+    A product over 2048 tokens rounds 2048 times: about sqrt(2048) * 2^-24 = 3e-6 at the worst.
+    """
     assert hessian.dtype == torch.float32
-    assert np.abs(hessian.double().numpy() - expected).max() <= 2e-6 * np.abs(expected).max()
+    assert np.abs(hessian.double().numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @settings(deadline=None, max_examples=30)
@@ -45,7 +48,7 @@ def test_mean_does_not_depend_on_the_batches(
 
 
 def test_every_leading_dimension_and_chunk_is_counted() -> None:
-    x = torch.randn(3, TOKENS_PER_CHUNK - 5, 4)
+    x = torch.randn(3, TOKENS_PER_CHUNK - 5, 4, generator=torch.Generator().manual_seed(0))
     accumulator = HessianAccumulator(4)
     accumulator.add(x)
     accumulator.add(x[0, 0])
@@ -56,7 +59,7 @@ def test_every_leading_dimension_and_chunk_is_counted() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_vectors_that_are_not_finite_are_left_out_and_counted(bad: float) -> None:
-    x = torch.randn(1000, 6)
+    x = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
     spoiled = x.clone()
     spoiled[17, 3] = bad
     spoiled[18] = bad
