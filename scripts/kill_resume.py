@@ -168,11 +168,11 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 
 def main() -> None:
     """Runs the command."""
-    parser = command_line.parser(__doc__, "python scripts/kill_resume.py --runs 5 --samples 32")
+    parser = command_line.parser(__doc__, "python scripts/kill_resume.py --runs 5 --samples 128")
     parser.add_argument("--runs", type=int, default=25, help="runs to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--scheme", default="W4A16_G64", help="of the quantized model")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--threads", type=int, default=1, help="of torch in each run")
     parser.add_argument("--json", type=Path, default=RESULTS / "kill_resume.json", help="result")
     command_line.run(parser, _run)

@@ -1,0 +1,175 @@
+"""Renders the JSON results into README.md and docs, between `<!-- table:NAME -->` markers.
+
+python scripts/readme_tables.py            rewrite what is stale
+python scripts/readme_tables.py --check    change nothing, exit with 1 where something is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError
+from scripts import command_line
+from scripts.provenance import RESULTS, ROOT
+
+BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Returns the tables of `quality_table.py`, one for each test set."""
+    parts = []
+    for test, measured in result["tests"].items():
+        original = measured["original_perplexity"]["perplexity"]
+        rows = [
+            [
+                f"{row['scheme']} {row['method']}",
+                f"{row['bits_per_weight']:.3f}",
+                f"{row['kl']:.4f} ± {row['kl_standard_error']:.4f}",
+                "-" if row["kl_seed_deviation"] is None else f"{row['kl_seed_deviation']:.4f}",
+                f"{100 * row['flips']:.2f}%",
+                f"{row['perplexity_ratio']:.4f} ({row['perplexity_ratio_interval']['low']:.4f} to "
+                f"{row['perplexity_ratio_interval']['high']:.4f})",
+            ]
+            for row in result["summary"]
+            if row["test"] == test
+        ]
+        header = ["", "bits", "KL", "sd over seeds", "flips", "perplexity / original (95%)"]
+        title = (
+            f"`{test}`: {measured['predictions']:,} predictions, original perplexity "
+            f"{original:.2f}\n\n"
+        )
+        parts.append(title + markdown_table(header, rows))
+    return "\n\n".join(parts) + "\n\n" + footnote(result)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Returns the table of `measure_memory.py`."""
+    model = result["model"]
+    tokens = result["samples"] * result["seqlen"]
+    blocks = f"{result['gptq_blocks']} of {model['blocks']} blocks"
+    names = {
+        "imports": "imports alone",
+        "rtn": f"quantize, {result['scheme']}, rtn",
+        "gptq": f"quantize, {result['scheme']}, gptq, {blocks}, {tokens:,} tokens",
+        "load": "`from_pretrained` and one reading of "
+        f"{gigabytes(result['quantized_bytes_on_disk'])} GB",
+        "forward": "the same and a forward pass of 16 tokens",
+    }
+    rows = [
+        [
+            label,
+            gigabytes(result["cases"][case]["peak_rss_bytes"]),
+            gigabytes(result["cases"][case]["peak_anonymous_bytes"]),
+            gigabytes(result["cases"][case]["peak_file_bytes"]),
+            f"{result['cases'][case]['seconds']:,.0f} s",
+        ]
+        for case, label in names.items()
+    ]
+    introduction = (
+        f"A random Llama of {model['parameters'] / 1e9:.2f}e9 parameters, "
+        f"{gigabytes(model['bytes_on_disk'])} GB on disk, {gigabytes(model['block_bytes'])} GB a "
+        f"block. Loading takes {result['load_ratio']:.2f} times the size of the files beyond the "
+        "imports.\n\n"
+    )
+    header = ["", "peak RSS, GB", "of it allocated", "mapped files", "time"]
+    return introduction + markdown_table(header, rows) + "\n\n" + footnote(result)
+
+
+def kill_resume(result: dict[str, Any]) -> str:
+    """Returns the sentence of `kill_resume.py`."""
+    spread = [shards for trial in result["trials"] for shards in trial["shards_at_kill"]]
+    return (
+        f"{result['runs']} runs of `{result['scheme']}` with {result['algorithm']} got SIGKILL "
+        f"{result['kills']} times at random moments, with {min(spread, default=0)} to "
+        f"{max(spread, default=0)} shards finished; resumed, "
+        f"**{result['runs_with_identical_files']} of {result['runs']}** had the "
+        f"{result['files_compared']} files of an uninterrupted run, byte for byte.\n\n"
+        f"{footnote(result)}"
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quality": quality,
+    "memory": memory,
+    "kill_resume": kill_resume,
+}
+
+
+def gigabytes(size: int) -> str:
+    """Returns bytes in GB (1e9) with two decimals."""
+    return f"{size / 1e9:.2f}"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, all columns but the first right-aligned."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def footnote(result: dict[str, Any]) -> str:
+    """Returns how and where a result was measured."""
+    origin = result["provenance"]
+    device, versions = origin["device"], origin["versions"]
+    place = device["gpu"] or f"{device['cpu']}, {device['cores']} cores"
+    commit = (origin["commit"] or "unknown")[:12]
+    return (
+        f"<sub>`{result['command']}`, {place}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {commit}, {origin['date']}.</sub>"
+    )
+
+
+def render(text: str, results: Path) -> str:
+    """Returns `text` with every marked block rendered anew.
+
+    Raises:
+        LowbitError: a marker names no table.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise LowbitError(f"marker table:{name} is unknown; known are {', '.join(TABLES)}")
+        file = results / f"{name}.json"
+        if not file.exists():
+            return f"{match[1]}Not measured yet.\n{match[3]}"
+        return f"{match[1]}{TABLES[name](json.loads(file.read_text()))}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    """Returns the Markdown files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = command_line.parser(__doc__, "python scripts/readme_tables.py --check")
+    parser.add_argument("--check", action="store_true", help="only report, exit with 1 if stale")
+    command_line.run(parser, _run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        rendered = render(text, RESULTS)
+        if rendered == text:
+            continue
+        stale.append(page)
+        if not arguments.check:
+            page.write_text(rendered, encoding="utf-8")
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'stale' if arguments.check else 'rewritten'}")
+    if stale and arguments.check:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
