@@ -7,8 +7,8 @@ times at moments drawn from the seed, is resumed with `--resume` until it is thr
 have exactly the files of an uninterrupted run, byte for byte.
 
 Moments are drawn over the time of a whole run, counted from when it claims its directory: before,
-it only imports and checks, and there is nothing to lose. A run that is through before its moment
-comes counts as not killed.
+it only imports and checks, and there is nothing to lose. A run that is through before its first
+moment comes is thrown away and begun anew.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,29 +102,35 @@ def uninterrupted(task: Task, output: Path) -> float:
     return time.monotonic() - begin
 
 
-def interrupted(task: Task, output: Path, seconds: float, generator: random.Random) -> Trial:
-    """Kills a run once to `MAX_KILLS` times, then lets it finish.
+def interrupted(
+    task: Task, output: Path, seconds: float, generator: random.Random
+) -> tuple[Trial, float]:
+    """Kills a run once to `MAX_KILLS` times and lets it finish; returns also how long it works.
 
     Args:
         task: what to run.
         output: its directory.
-        seconds: that an uninterrupted run works on its directory.
+        seconds: an upper estimate of how long a run works.
         generator: of the moments.
     """
     trial = Trial(0, [], [])
     wanted = generator.randint(1, MAX_KILLS)
-    while True:
-        fraction = generator.random()
+    while trial.kills < wanted:
+        moment = generator.random() * seconds
         process = task.start(output)
-        if trial.kills == wanted:
-            task.finish(process)
-            return trial
-        if not _kill_after(process, output, fraction * seconds):
-            if process.returncode:
-                raise RuntimeError(f"a run that was not killed gave exit {process.returncode}")
-            return trial
-        trial.kills += 1
-        trial.shards_at_kill.append(len(list(output.glob("*.safetensors"))))
+        if _kill_after(process, output, moment):
+            trial.kills += 1
+            trial.shards_at_kill.append(len(list(output.glob("*.safetensors"))))
+            continue
+        if process.returncode:
+            raise RuntimeError(f"a run that was not killed gave exit {process.returncode}")
+        if trial.kills:
+            return trial, seconds
+        # Through before its moment, so nothing was tried: again, with the better estimate.
+        seconds = moment
+        shutil.rmtree(output)
+    task.finish(task.start(output))
+    return trial, seconds
 
 
 def _kill_after(process: subprocess.Popen[bytes], output: Path, seconds: float) -> bool:
@@ -188,11 +195,11 @@ def _run(arguments: argparse.Namespace) -> None:
         bar.stage("uninterrupted run", arguments.runs)
         clean = Path(folder) / "clean"
         seconds = uninterrupted(task, clean)
-        expected = digests(clean)
+        expected, limit = digests(clean), seconds
         for run in range(arguments.runs):
             bar.describe(f"run {run + 1} of {arguments.runs}")
             output = Path(folder) / f"run-{run}"
-            trial = interrupted(task, output, seconds, generator)
+            trial, limit = interrupted(task, output, limit, generator)
             trial.differing = difference(expected, digests(output))
             trials.append(trial)
             bar.advance(1)
