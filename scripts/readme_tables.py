@@ -31,7 +31,7 @@ def quality(result: dict[str, Any]) -> str:
                 f"{row['scheme']} {row['method']}",
                 f"{row['bits_per_weight']:.3f}",
                 f"{row['kl']:.4f} ± {row['kl_standard_error']:.4f}",
-                "-" if row["kl_seed_deviation"] is None else f"{row['kl_seed_deviation']:.4f}",
+                "-" if row["kl_seed_deviation"] is None else f"{row['kl_seed_deviation']:.5f}",
                 f"{100 * row['flips']:.2f}%",
                 f"{row['perplexity_ratio']:.4f} ({row['perplexity_ratio_interval']['low']:.4f} to "
                 f"{row['perplexity_ratio_interval']['high']:.4f})",
