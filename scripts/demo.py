@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit import quantize
 from lowbit.calibration.tokens import TokenWindows, load_windows
-from lowbit.hf.loading import quiet_libraries
+from lowbit.hf.loading import quiet_libraries, use_threads
 from lowbit.progress import RunProgress
 from scripts import command_line
 
@@ -117,11 +117,15 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "demo-output", help="folder for the models"
     )
     parser.add_argument("--windows", type=int, default=48, help="test windows of 512 tokens")
+    # One thread: matrices this small gain little from a second, and lose much where it has to wait
+    # for a busy core (78 s on one thread; 522 s on two, beside other work).
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     command_line.run(parser, _run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     quiet_libraries()
+    use_threads(arguments.threads)
     screen = Console()
     console = Console(width=min(screen.width, COLUMNS) if screen.is_terminal else COLUMNS)
     original = load(MODEL)
