@@ -11,6 +11,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402 - reads the thread count when imported
+import torch
 
 torch.set_num_threads(1)

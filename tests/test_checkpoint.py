@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import Checkpoint, ShardWriter
-from lowbit.checkpoint.journal import JOURNAL_NAME, Journal
+from lowbit.checkpoint.journal import JOURNAL_NAME, Journal, claim
 from lowbit.checkpoint.reader import INDEX_NAME, file_digest
 from lowbit.errors import LowbitError
 
@@ -97,6 +97,7 @@ def test_trailing_bytes_are_refused(model: Path) -> None:
         b'{"a.weight": {"dtype": "F32", "shape": [3, -4], "data_offsets": [0, 48]}}',
         b'{"a.weight": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 48]}}',
         b'{"a.weight": {"dtype": "F32", "shape": [3, 3], "data_offsets": [4, 40]}}',
+        b'{"a.weight": {"dtype": [], "shape": [48], "data_offsets": [0, 48]}}',
         b'{"a.weight": {"dtype": "F8_E4M3", "shape": [48], "data_offsets": [0, 48]}}',
     ],
 )
@@ -205,6 +206,11 @@ def test_refusal_of_the_file_system_is_one_sentence(
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def start(directory: Path, fingerprint: dict[str, object], resume: bool = False) -> Journal:
+    with claim(directory, resume):
+        return Journal.start(directory, fingerprint)
+
+
 def finish_part(journal: Journal, name: str) -> Path:
     file = journal.directory / f"{name}.safetensors"
     save_file({"t": torch.zeros(2)}, file)
@@ -214,9 +220,9 @@ def finish_part(journal: Journal, name: str) -> Path:
 
 def test_journal_goes_on_with_finished_parts(tmp_path: Path) -> None:
     fingerprint = {"seed": 0, "model": {"config": "x"}}
-    finish_part(Journal.start(tmp_path / "out", fingerprint, resume=False), "one")
+    finish_part(start(tmp_path / "out", fingerprint), "one")
     (tmp_path / "out" / "two.safetensors.tmp").write_text("half")
-    again = Journal.start(tmp_path / "out", fingerprint, resume=True)
+    again = start(tmp_path / "out", fingerprint, resume=True)
     assert list(again.parts) == ["one"]
     assert not (tmp_path / "out" / "two.safetensors.tmp").exists()
 
@@ -229,26 +235,61 @@ def test_resume_names_the_field_that_differs(
     tmp_path: Path, change: dict[str, object], field: str
 ) -> None:
     fingerprint = {"seed": 0, "model": {"config": "x"}}
-    Journal.start(tmp_path / "out", fingerprint, resume=False)
+    start(tmp_path / "out", fingerprint)
     before = (tmp_path / "out" / JOURNAL_NAME).read_bytes()
     with pytest.raises(LowbitError, match=f"cannot resume, {field} differs"):
-        Journal.start(tmp_path / "out", {**fingerprint, **change}, resume=True)
+        start(tmp_path / "out", {**fingerprint, **change}, resume=True)
     assert (tmp_path / "out" / JOURNAL_NAME).read_bytes() == before
 
 
 def test_changed_shard_is_not_resumed(tmp_path: Path) -> None:
-    file = finish_part(Journal.start(tmp_path / "out", {}, resume=False), "one")
+    file = finish_part(start(tmp_path / "out", {}), "one")
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(LowbitError, match="has changed"):
-        Journal.start(tmp_path / "out", {}, resume=True)
+        start(tmp_path / "out", {}, resume=True)
 
 
 def test_occupied_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):
         with pytest.raises(LowbitError, match="is not empty"):
-            Journal.start(tmp_path, {}, resume=resume)
+            start(tmp_path, {}, resume=resume)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    Journal.start(tmp_path / "out", {}, resume=False)
+    start(tmp_path / "out", {})
     with pytest.raises(LowbitError, match="add --resume"):
-        Journal.start(tmp_path / "out", {}, resume=False)
+        start(tmp_path / "out", {})
+
+
+def test_a_kill_while_claiming_can_be_resumed(tmp_path: Path) -> None:
+    """The first journal was being written: only its temporary file is there."""
+    (tmp_path / f"{JOURNAL_NAME}.tmp").write_text("{")
+    journal = start(tmp_path, {}, resume=True)
+    assert journal.parts == {}
+    assert [path.name for path in tmp_path.iterdir()] == [JOURNAL_NAME]
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
+    with (
+        claim(tmp_path / "out", resume=False),
+        pytest.raises(LowbitError, match="another process"),
+        claim(tmp_path / "out", resume=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"fingerprint": [], "parts": {}}'])
+def test_corrupt_journal_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / JOURNAL_NAME).write_text(content)
+    with pytest.raises(LowbitError, match=JOURNAL_NAME):
+        start(tmp_path, {}, resume=True)
+
+
+def test_hostile_json_is_one_sentence(model: Path) -> None:
+    for content in ("[" * 200_000, '{"a": ' + "9" * 6000 + "}"):
+        (model / "config.json").write_text(content)
+        assert "is not valid JSON" in message(model)
+
+
+def test_single_file_beside_an_index_is_refused(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "one.safetensors").read_bytes())
+    assert "holds both" in message(model)

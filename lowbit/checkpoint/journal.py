@@ -11,6 +11,10 @@ another fingerprint is refused, naming the first field that differs.
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +37,32 @@ class Journal:
     Attributes:
         fingerprint: what the result depends on, JSON values only.
         parts: part name -> {"file", "sha256", "modules": reports}, in the order of completion.
+        complete: the run has ended and its directory loads.
     """
 
     def __init__(self, directory: Path, fingerprint: Fingerprint) -> None:
         self.directory = directory
         self.fingerprint = fingerprint
         self.parts: dict[str, dict[str, Any]] = {}
+        self.complete = False
 
     @staticmethod
-    def start(directory: Path, fingerprint: Fingerprint, resume: bool) -> Journal:
-        """Returns the journal for `directory`, created if need be, with the finished parts.
+    def start(directory: Path, fingerprint: Fingerprint) -> Journal:
+        """Returns the journal for the claimed `directory` (see `claim`), with the finished parts.
 
         Raises:
-            LowbitError: if the directory holds something else, an unfinished run without `resume`,
-                a run with another fingerprint, or a finished shard that has changed.
+            LowbitError: if the run in the directory has another fingerprint, or a finished shard
+                has changed.
         """
-        with disk_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            present = sorted(path.name for path in directory.iterdir())
         journal = Journal(directory, fingerprint)
-        source = next((name for name in (JOURNAL_NAME, MANIFEST_NAME) if name in present), None)
-        if present and not (resume and source):
-            _refuse_occupied(directory, present, source, resume)
-        if source is None:
+        stored = stored_run(directory)
+        if stored is None:
             journal._write()
             return journal
-        # A finished run has a manifest with the same two fields, so resuming it is a check.
-        stored = read_json(directory / source, "")
-        _compare(directory, stored.get("fingerprint", {}), fingerprint)
-        journal.parts = stored.get("parts", {})
+        _compare(directory, stored["fingerprint"], fingerprint)
+        journal.parts = stored["parts"]
+        # The journal goes last, so a manifest without one belongs to a finished run.
+        journal.complete = not (directory / JOURNAL_NAME).exists()
         for part in journal.parts.values():
             file = directory / part["file"]
             if not file.exists() or file_digest(file) != part["sha256"]:
@@ -69,9 +70,8 @@ class Journal:
                     f"{file}: this finished shard is missing or has changed since it was written; "
                     "choose a new output directory and start again"
                 )
-        for name in present:
-            if name.endswith(TEMPORARY_SUFFIX):
-                (directory / name).unlink()
+        for file in directory.glob(f"*{TEMPORARY_SUFFIX}"):
+            file.unlink()
         return journal
 
     def finish_part(self, name: str, file: Path, modules: dict[str, Any]) -> None:
@@ -88,25 +88,83 @@ class Journal:
         write_json(self.directory / JOURNAL_NAME, content)
 
 
-def restore_threads(directory: Path) -> None:
-    """Takes the thread count of the unfinished run in `directory`, if there is one."""
-    journal = directory / JOURNAL_NAME
-    if journal.exists():
-        threads = read_json(journal, "").get("fingerprint", {}).get("threads")
-        if isinstance(threads, int) and 0 < threads <= MAX_THREADS:
-            torch.set_num_threads(threads)
+def stored_run(directory: Path) -> dict[str, Any] | None:
+    """Returns the fingerprint and parts of the run in `directory`, None if there is none.
+
+    They come from its journal, or from the manifest of a finished run, which has both fields too.
+    """
+    for name in (JOURNAL_NAME, MANIFEST_NAME):
+        if not (directory / name).exists():
+            continue
+        stored = read_json(directory / name, "")
+        if not all(isinstance(stored.get(field), dict) for field in ("fingerprint", "parts")):
+            raise LowbitError(f"{directory / name}: is corrupt; start again in a new directory")
+        return stored
+    return None
 
 
-def _refuse_occupied(directory: Path, present: list[str], source: str | None, resume: bool) -> None:
-    if source == JOURNAL_NAME:
+@contextmanager
+def threads_of_run(directory: Path) -> Iterator[None]:
+    """Computes with the thread count of the run in `directory`, if there is one.
+
+    How a sum is split over threads decides its last bits.
+    """
+    stored = stored_run(directory)
+    threads = stored["fingerprint"].get("threads") if stored else None
+    before = torch.get_num_threads()
+    if isinstance(threads, int) and 0 < threads <= MAX_THREADS:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def claim(directory: Path, resume: bool) -> Iterator[None]:
+    """Makes `directory` if need be and holds its lock; the system frees it with the process.
+
+    Raises:
+        LowbitError: see `refuse_occupied`; also if another process holds the lock.
+    """
+    refuse_occupied(directory, resume)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LowbitError(f"{directory}: another process is writing to it; let it finish") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_occupied(directory: Path, resume: bool) -> None:
+    """Refuses a directory that is neither empty nor, with `resume`, one of an earlier run.
+
+    Raises:
+        LowbitError: saying what is there.
+    """
+    with disk_errors(directory):
+        if directory.is_file():
+            raise LowbitError(f"{directory}: is a file; choose a new directory")
+        found = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    # A run that was killed while it claimed the directory leaves this and nothing else.
+    present = [name for name in found if name != JOURNAL_NAME + TEMPORARY_SUFFIX]
+    if not present:
+        return
+    if JOURNAL_NAME in present and not resume:
         raise LowbitError(f"{directory}: holds an unfinished run; add --resume to go on with it")
-    if source == MANIFEST_NAME:
+    if MANIFEST_NAME in present and not resume:
         raise LowbitError(f"{directory}: already holds a quantized model; choose another output")
-    reason = "no journal to resume from, and is not empty" if resume else "is not empty"
-    raise LowbitError(
-        f"{directory}: {'has ' if resume else ''}{reason} (it holds {present[0]}); choose an "
-        "empty or new directory"
-    )
+    if JOURNAL_NAME not in present and MANIFEST_NAME not in present:
+        reason = "has no journal to resume from, and is" if resume else "is"
+        raise LowbitError(
+            f"{directory}: {reason} not empty (it holds {present[0]}); choose an empty or new "
+            "directory"
+        )
 
 
 def _compare(directory: Path, stored: Fingerprint, current: Fingerprint, prefix: str = "") -> None:

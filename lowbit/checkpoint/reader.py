@@ -55,6 +55,10 @@ class TensorEntry:
     begin: int
     end: int
 
+    def __getitem__(self, _: Any) -> Tensor:
+        """Returns the whole tensor: transformers' loader asks lazy tensors for `[...]`."""
+        return self.read()
+
     def read(self) -> Tensor:
         """Returns the tensor, freshly allocated on the CPU."""
         buffer = bytearray(self.end - self.begin)
@@ -182,7 +186,7 @@ def read_json(file: Path, needed: str) -> dict[str, Any]:
         raise LowbitError(f"{file}: not found; {needed}") from None
     except OSError as error:
         raise LowbitError(f"{file}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, endless digits, deep nesting
         raise LowbitError(f"{file}: is not valid JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise LowbitError(f"{file}: holds a JSON {type(content).__name__}, needed an object")
@@ -201,8 +205,14 @@ def file_digest(file: Path) -> str:
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """Returns tensor name -> file name of a sharded checkpoint, None for a single file."""
     index = directory / INDEX_NAME
+    single = (directory / SINGLE_NAME).exists()
+    if single and index.exists():
+        raise LowbitError(
+            f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME}, two models in one folder; "
+            "remove the one that is stale"
+        )
     if not index.exists():
-        if (directory / SINGLE_NAME).exists():
+        if single:
             return None
         pickles = sorted(
             p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
@@ -248,11 +258,13 @@ def read_header(file: Path) -> list[TensorEntry]:
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise LowbitError(f"{file}: {size} bytes are too few for its header; {fetch}")
             header = json.loads(handle.read(length))
+    except LowbitError:
+        raise
     except FileNotFoundError:
         raise LowbitError(f"{file}: the shard is missing; {fetch}") from None
     except OSError as error:
         raise LowbitError(f"{file}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise LowbitError(f"{file}: the safetensors header is corrupt; {fetch}") from None
     if not isinstance(header, dict):
         raise LowbitError(f"{file}: the safetensors header is corrupt; {fetch}")
@@ -277,10 +289,11 @@ def read_header(file: Path) -> list[TensorEntry]:
 def _entry(file: Path, name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        sizes_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        plain = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        plain = plain and isinstance(dtype_name, str)
     except (KeyError, TypeError, ValueError):
-        sizes_ok = False
-    if not sizes_ok:
+        plain = False
+    if not plain:
         raise LowbitError(f"{file}: the entry of tensor {name!r} is corrupt; fetch the file again")
     dtype = SAFETENSORS_DTYPES.get(dtype_name)
     if dtype is None:

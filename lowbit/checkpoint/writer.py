@@ -13,7 +13,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -59,17 +59,21 @@ def write_bytes(file: Path, content: bytes) -> None:
     """Replaces `file` by `content`, atomically and durably."""
     temporary = file.with_name(file.name + TEMPORARY_SUFFIX)
     with disk_errors(file):
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-        fsync_directory(file.parent)
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(file)
+            fsync_directory(file.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replaces `file` by `content` as JSON, atomically and durably; keys keep their order."""
-    write_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 class ShardWriter:
@@ -143,17 +147,12 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            # The error being handled is what the user must see, not a second one from the disk.
-            _discard(self._handle, self._temporary)
-
-
-def _discard(handle: BinaryIO, temporary: Path) -> None:
-    """Drops an unfinished shard."""
-    try:
-        handle.close()
-        temporary.unlink(missing_ok=True)
-    except OSError:
-        return
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            # After a failure; the error that matters is on its way, not one from cleaning up.
+            with suppress(OSError):
+                self._handle.close()
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lowbit.checkpoint.reader import TensorEntry, read_header
+from lowbit.checkpoint.reader import read_header
 from lowbit.errors import LowbitError
+from lowbit.models.sources import MISMATCH, Source, map_sources
 from lowbit.scheme import Scheme
-
-_MISMATCH = "config.json and the weights do not belong together"
 
 
 def check_quantized(
@@ -31,7 +28,7 @@ def check_quantized(
     """
     if not files:
         return
-    entries, _ = _entries_by_model_name(model, files)
+    entries = {name: source.entries[0] for name, source in _sources(model, files).items()}
     for name, scheme in selected.items():
         shape = model.get_submodule(name).logical_shape
         for suffix, (size, dtype) in scheme.tensor_specs(shape).items():
@@ -39,26 +36,26 @@ def check_quantized(
             if entry is None:
                 raise LowbitError(
                     f"{files[0].parent}: tensor '{name}.{suffix}' is missing, config.json says "
-                    f"that {name} is stored as {scheme}; {_MISMATCH}"
+                    f"that {name} is stored as {scheme}; {MISMATCH}"
                 )
             if (entry.shape, entry.dtype) != (size, dtype):
                 raise LowbitError(
                     f"{entry.file}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}, "
                     f"but {scheme} of a {list(shape)} weight needs {dtype} {list(size)}; "
-                    f"{_MISMATCH}"
+                    f"{MISMATCH}"
                 )
             # Rows are padded to whole words, so the packed shape alone does not tell in_features.
             if suffix == "weight_shape" and tuple(entry.read().tolist()) != shape:
                 raise LowbitError(
                     f"{entry.file}: {entry.name!r} says {entry.read().tolist()}, but the model has "
-                    f"a {list(shape)} weight there; {_MISMATCH}"
+                    f"a {list(shape)} weight there; {MISMATCH}"
                 )
     modules = dict(model.named_modules())
     for key, entry in entries.items():
         name, _, suffix = key.rpartition(".")
         if suffix == "weight_packed" and name in modules and name not in selected:
             raise LowbitError(
-                f"{entry.file}: {name} is quantized, but config.json does not say so; {_MISMATCH}"
+                f"{entry.file}: {name} is quantized, but config.json does not say so; {MISMATCH}"
             )
 
 
@@ -75,37 +72,19 @@ def check_full_precision(
     Raises:
         LowbitError: naming the tensor.
     """
-    entries, converted = _entries_by_model_name(model, files)
+    sources = _sources(model, files)
     for name in selected:
-        key = f"{name}.weight"
         placeholder = model.get_submodule(name)._parameters.get("weight")
-        entry = entries.get(key)
-        if entry is None or placeholder is None or key in converted:
+        source = sources.get(f"{name}.weight")
+        if source is None or placeholder is None or source.converted:
             continue
+        entry = source.entries[0]
         if entry.shape != tuple(placeholder.shape):
             raise LowbitError(
                 f"{entry.file}: tensor {entry.name!r} is {list(entry.shape)}, but the model has a "
-                f"{list(placeholder.shape)} weight there; {_MISMATCH}"
+                f"{list(placeholder.shape)} weight there; {MISMATCH}"
             )
 
 
-def _entries_by_model_name(
-    model: PreTrainedModel, files: Sequence[Path]
-) -> tuple[dict[str, TensorEntry], set[str]]:
-    """Returns the model's name -> header entry, and the names that are made of several tensors."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    entries: dict[str, TensorEntry] = {}
-    converted: set[str] = set()
-    for file in files:
-        for entry in read_header(file):
-            key, pattern = rename_source_key(
-                entry.name, renamings, converters, model.base_model_prefix, state
-            )
-            key = entry.name if key not in state and entry.name in state else key
-            entries[key] = entry
-            if pattern is not None:
-                converted.add(key)
-    return entries, converted
+def _sources(model: PreTrainedModel, files: Sequence[Path]) -> dict[str, Source]:
+    return map_sources(model, (entry for file in files for entry in read_header(file)))

@@ -7,10 +7,10 @@ random weights to tensors that it misses and only warns.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from lowbit.calibration.tokens import Tokenizer
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.errors import LowbitError, unknown_name
+from lowbit.models.foreign import one_line, one_sentence
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -27,9 +28,6 @@ DTYPES: dict[str, Any] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-# Characters kept of a foreign error message.
-MAX_REASON = 240
 
 # Any of these makes a folder one with a tokenizer.
 TOKENIZER_FILES = (
@@ -66,7 +64,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()  # `meta` can hold tensors, but not compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LowbitError(
             f"device {str(device)!r} cannot be used here ({one_line(error)}); try cpu"
@@ -101,7 +99,7 @@ def load_config(path: str) -> Any:
     if not is_hub_name(path):
         Checkpoint.open(path)
     with _loading(path, "configuration"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _check_quantization(path, config)
         return config.get_text_config()
 
@@ -114,7 +112,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     if not is_hub_name(path) and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         return None
     with _loading(path, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
 
 
@@ -142,6 +140,7 @@ def load_model(path: str, dtype: str = "auto", device: torch.device | None = Non
             path,
             dtype=DTYPES[dtype.lower()],
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             # Its own error names no tensor; `_check_loaded` does.
             ignore_mismatched_sizes=True,
@@ -188,37 +187,12 @@ def _check_quantization(path: str, config: Any) -> None:
         )
 
 
-@contextmanager
-def _loading(path: str, what: str) -> Iterator[None]:
+def _loading(path: str, what: str) -> AbstractContextManager[None]:
     """Turns the ways in which transformers and the hub refuse a checkpoint into a `LowbitError`."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except LowbitError:
-        raise
-    except (
-        OSError,  # missing files, no network
-        ValueError,  # unknown model_type, code on the hub that we do not run
-        RuntimeError,  # shapes that differ from the configuration
-        KeyError,  # fields that the configuration lacks
-        TypeError,
-        ImportError,  # a quantization format whose package is missing
-        StrictDataclassError,  # fields of the wrong type
-        SafetensorError,
-    ) as error:
-        local = not is_hub_name(path)
-        where = path if local else f"{path} (no folder here, so the hub was asked)"
-        raise LowbitError(f"{where}: the {what} cannot be loaded: {one_line(error)}") from error
+    hub = is_hub_name(path)
+    return one_sentence(f"{path} (no folder here, so the hub was asked)" if hub else path, what)
 
 
 def is_hub_name(path: str) -> bool:
     """Returns True for `owner/name` unless there is such a folder here."""
-    return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the message on one line, cut where a sentence would become a page."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON].rstrip()} ..."
+    return path.count("/") == 1 and path[0] not in "./~" and not os.path.exists(path)  # noqa: PTH110

@@ -19,19 +19,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from lowbit.calibration.capture import StopForwardError
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.models.foreign import one_sentence
 from lowbit.models.layers import find_decoder_layers
+from lowbit.models.sources import parameter_sources
 from lowbit.nn.replace import module_name
 
 
@@ -74,8 +71,7 @@ class StreamedDecoder:
         self.layers_name, self.layers = find_decoder_layers(self.model)
         self._returns_tuple: bool | None = None
         self._mapping = get_model_conversion_mapping(self.model)
-        self.sources = self._map_sources()
-        self._check_shapes()
+        self.sources, self.ignored = parameter_sources(self.model, checkpoint)
 
     @property
     def embedding_name(self) -> str:
@@ -93,61 +89,16 @@ class StreamedDecoder:
         """Returns the module name of block `index`."""
         return f"{self.layers_name}.{index}"
 
-    def _map_sources(self) -> dict[str, list[str]]:
-        """Returns model parameter name -> the checkpoint tensors it is made of."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        meta = self.model.state_dict()
-        sources: dict[str, list[str]] = {}
-        for key in self.checkpoint.entries:
-            target, _ = rename_source_key(
-                key, renamings, converters, self.model.base_model_prefix, meta
-            )
-            target = key if target not in meta and key in meta else target
-            sources.setdefault(target, []).append(key)
-        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        for copy, original in tied.items():
-            self._check_tied(sources, copy, original)
-        missing = [name for name in meta if name not in sources and name not in tied]
-        if missing:
-            raise LowbitError(
-                f"{self.checkpoint.path}: tensor {missing[0]!r} is missing ({len(missing)} in "
-                "all); the config and the weights do not belong together"
-            )
-        known = {target for target in sources if target in meta and target not in tied}
-        # What the model does not know (old rotary buffers), and copies of tied weights.
-        self.ignored = sorted(k for t, keys in sources.items() if t not in known for k in keys)
-        return {target: keys for target, keys in sources.items() if target in known}
+    def original(self, target: str) -> Tensor:
+        """Returns parameter `target` exactly as the checkpoint holds it, on the CPU.
 
-    def _check_tied(self, sources: dict[str, list[str]], copy: str, original: str) -> None:
-        """Accepts a checkpoint that stores a tied weight under either name, or twice alike."""
-        if copy not in sources:
-            return
-        if original not in sources:
-            sources[original] = sources.pop(copy)
-            return
-        entries = [self.checkpoint.entries[sources[name][0]] for name in (copy, original)]
-        if not torch.equal(entries[0].read(), entries[1].read()):
-            raise LowbitError(
-                f"{self.checkpoint.path}: config.json ties {copy!r} to {original!r}, but their "
-                'values differ; set "tie_word_embeddings": false in config.json'
-            )
-
-    def _check_shapes(self) -> None:
-        meta = self.model.state_dict()
-        for target, keys in self.sources.items():
-            expected = tuple(meta[target].shape)
-            entry = self.checkpoint.entries[keys[0]]
-            merged = len(keys) > 1 or keys[0].rsplit(".", 1)[-1] != target.rsplit(".", 1)[-1]
-            if not merged and entry.shape != expected:
-                raise LowbitError(
-                    f"{self.checkpoint.path}: tensor {keys[0]!r} is {list(entry.shape)}, but "
-                    f"config.json needs {list(expected)}; they do not belong together"
-                )
-
-    def stored_dtype(self, target: str) -> torch.dtype:
-        """Returns the dtype in which the checkpoint stores parameter `target`."""
-        return self.checkpoint.entries[self.sources[target][0]].dtype
+        A tied head is the embedding; what transformers computes is taken from the loaded piece.
+        """
+        source = self.sources.get(target) or self.sources[f"{self.embedding_name}.weight"]
+        if source.converted:
+            made: Tensor = self.model.get_parameter(target).detach()
+            return made.cpu().to(source.entries[0].dtype)
+        return source.entries[0].read()
 
     def targets(self, module_name: str) -> list[str]:
         """Returns the parameters below module `module_name`, in the model's order."""
@@ -159,10 +110,9 @@ class StreamedDecoder:
 
     def load(self, targets: list[str]) -> None:
         """Gives the parameters `targets` their weights."""
-        state: dict[str, Tensor] = {}
-        for target in targets:
-            for key in self.sources[target]:
-                state[key] = self.checkpoint.entries[key].read()
+        # Entries are read one by one when the loader gets to them.
+        entries = [entry for target in targets for entry in self.sources[target].entries]
+        state = {entry.name: entry for entry in entries}
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -197,16 +147,13 @@ class StreamedDecoder:
     def start(self, batches: list[Tensor]) -> Activations:
         """Returns the inputs of block 0 for token `batches` (int64 `[batch, seqlen]` each).
 
-        Needs the embedding and every other small module outside the blocks to be loaded, and
-        block 0 (its first call shows whether blocks return a tensor or a tuple).
+        Needs the embedding and every other small module outside the blocks to be loaded.
         """
         activations = Activations()
         for batch in batches:
             first = self._first_call(batch)
             if self._returns_tuple is None:
-                with torch.no_grad():
-                    returned = self.layers[0](first[0], *first[1].args, **first[1].kwargs)
-                self._returns_tuple = isinstance(returned, tuple)
+                self._returns_tuple = self._first_block_returns_tuple(*first)
             calls = self._record_calls(batch)
             if activations.calls:
                 calls = [
@@ -215,6 +162,14 @@ class StreamedDecoder:
             activations.hidden.append(first[0])
             activations.calls.append(calls)
         return activations
+
+    def _first_block_returns_tuple(self, hidden: Tensor, call: BlockCall) -> bool:
+        """Returns whether blocks return a tuple, which only a real call shows."""
+        self.load(self.targets(self.block_name(0)))
+        with torch.no_grad():
+            returned = self.layers[0](hidden, *call.args, **call.kwargs)
+        self.free(self.layers[0])
+        return isinstance(returned, tuple)
 
     def _first_call(self, batch: Tensor) -> tuple[Tensor, BlockCall]:
         seen: list[tuple[Tensor, BlockCall]] = []
@@ -296,16 +251,17 @@ def _no_inner_progress_bar() -> Iterator[None]:
 
 
 def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+    with one_sentence(str(checkpoint.path), "model that config.json describes"):
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        depth = config.get_text_config(decoder=True).num_hidden_layers
+        if depth > len(checkpoint.entries):
+            raise LowbitError(
+                f"{checkpoint.path}: config.json says {depth} blocks, but there are only "
+                f"{len(checkpoint.entries)} tensors; they do not belong together"
+            )
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise LowbitError(
-            f"{checkpoint.path / 'config.json'}: transformers cannot build a causal decoder from "
-            f"it ({str(error).splitlines()[0][:200]})"
-        ) from error
-    model.tie_weights()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()
     return model.eval()
 
 

@@ -17,15 +17,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal
-from lowbit.checkpoint.reader import INDEX_NAME, SINGLE_NAME, read_header
-from lowbit.checkpoint.writer import disk_errors, write_bytes, write_json
+from lowbit.checkpoint.journal import JOURNAL_NAME, MANIFEST_NAME, Journal
+from lowbit.checkpoint.reader import INDEX_NAME, read_header
+from lowbit.checkpoint.writer import write_bytes, write_json
 from lowbit.scheme import Scheme
 
 # Beside the weights, what a model needs to be used: tokenizer, templates, generation settings.
 _SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_NOT_COPIED = ("config.json", INDEX_NAME, MANIFEST_NAME)
-_MAX_SIDE_FILE_BYTES = 1 << 28
+_NOT_COPIED = ("config.json", MANIFEST_NAME, JOURNAL_NAME)
+# The largest tokenizers have 35 MB; what is far beyond that is a corpus.
+_MAX_SIDE_FILE_BYTES = 1 << 26
 
 
 def side_files(source: Path) -> list[Path]:
@@ -63,16 +64,14 @@ def write_index(directory: Path, files: list[str]) -> None:
     )
 
 
-def manifest(
-    journal: Journal, fingerprint: Fingerprint, schemes: dict[str, Scheme]
-) -> dict[str, Any]:
+def manifest(journal: Journal, schemes: dict[str, Scheme]) -> dict[str, Any]:
     """Returns the manifest: measured sizes, per-module reports, and the run's fingerprint."""
     reports = {name: r for part in journal.parts.values() for name, r in part["modules"].items()}
     weights = sum(report["weights"] for report in reports.values())
     stored = sum(report["stored_bytes"] for report in reports.values())
     fallbacks = {name: r["fallback"] for name, r in reports.items() if "fallback" in r}
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": journal.fingerprint,
         "summary": {
             "quantized_weights": weights,
             "quantized_bytes": stored,
@@ -87,7 +86,4 @@ def manifest(
 def write_side_files(source: Path, directory: Path) -> None:
     """Copies the tokenizer and its like."""
     for file in side_files(source):
-        if file.name != SINGLE_NAME:
-            with disk_errors(directory):
-                content = file.read_bytes()
-            write_bytes(directory / file.name, content)
+        write_bytes(directory / file.name, file.read_bytes())

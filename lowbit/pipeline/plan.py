@@ -16,11 +16,12 @@ from lowbit import __version__
 from lowbit.algorithms import Algorithm
 from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
-from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal
+from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
+from lowbit.checkpoint.reader import file_digest
 from lowbit.errors import LowbitError
 from lowbit.hf.config import IN_PROGRESS, LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
-from lowbit.pipeline.output import digest_json, manifest, write_index, write_side_files
+from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
 from lowbit.progress import RunProgress
 from lowbit.scheme import Scheme
@@ -74,19 +75,25 @@ class Plan:
             bar.stage("checking weights", sum(e.end - e.begin for e in source.entries.values()))
             fingerprint = self.fingerprint(source.verify(bar.advance))
             self._check_space()
-            journal = Journal.start(self.directory, fingerprint, resume)
-            self._write_config({"status": IN_PROGRESS})
-            run = QuantizationRun(
-                self.decoder, self.selected, self.algorithm, self._batches(), journal, bar
-            )
-            files = run.execute(sentinel_key(self.selected))
+            with claim(self.directory, resume):
+                journal = Journal.start(self.directory, fingerprint)
+                if not journal.complete:
+                    self._write_config({"status": IN_PROGRESS})
+                    self._run(journal, bar)
+        content = manifest(journal, self.selected)
+        return QuantizedCheckpoint(self.directory, content)
+
+    def _run(self, journal: Journal, bar: RunProgress) -> None:
+        """Does what is not done yet, then makes the directory valid."""
+        run = QuantizationRun(
+            self.decoder, self.selected, self.algorithm, self._batches(), journal, bar
+        )
+        files = run.execute(sentinel_key(self.selected))
         write_index(self.directory, files)
-        write_side_files(source.path, self.directory)
-        content = manifest(journal, fingerprint, self.selected)
-        write_json(self.directory / MANIFEST_NAME, content)
+        write_side_files(self.decoder.checkpoint.path, self.directory)
+        write_json(self.directory / MANIFEST_NAME, manifest(journal, self.selected))
         self._write_config({"manifest": MANIFEST_NAME})
         journal.remove()
-        return QuantizedCheckpoint(self.directory, content)
 
     def fingerprint(self, weights: dict[str, str]) -> Fingerprint:
         """Returns everything that the bytes of the result depend on, as JSON values.
@@ -94,14 +101,18 @@ class Plan:
         Args:
             weights: file name -> SHA-256 of the source's files.
         """
-        tokens = self.tokens
+        tokens, source = self.tokens, self.decoder.checkpoint
         content: Fingerprint = {
             "versions": {
                 "lowbit": __version__,
                 "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
             },
-            "model": {"config": digest_json(self.decoder.checkpoint.config), "weights": weights},
+            "model": {
+                "config": digest_json(source.config),
+                "weights": weights,
+                "side_files": {f.name: file_digest(f) for f in side_files(source.path)},
+            },
             "ignored_tensors": self.decoder.ignored,
             "options": self.config.to_dict(),
             "calibration": {**tokens.description, "digest": tokens.digest} if tokens else None,
@@ -124,7 +135,8 @@ class Plan:
         entries = self.decoder.checkpoint.entries
         needed = sum(entry.end - entry.begin for entry in entries.values())
         for name, scheme in self.selected.items():
-            for entry in (entries[key] for key in self.decoder.sources.get(f"{name}.weight", ())):
+            source = self.decoder.sources.get(f"{name}.weight")
+            for entry in source.entries if source else ():
                 rows, columns = entry.shape
                 needed += scheme.stored_bytes((rows, columns)) - (entry.end - entry.begin)
         # What an interrupted run has written needs no space again.

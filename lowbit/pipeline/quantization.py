@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from lowbit.algorithms import Algorithm, algorithm_options, make_algorithm
-from lowbit.calibration.tokens import CalibrationTokens, load_calibration
+from lowbit.calibration.tokens import TOKEN_SUFFIXES, CalibrationTokens, load_calibration
 from lowbit.checkpoint import Checkpoint
-from lowbit.checkpoint.journal import restore_threads
+from lowbit.checkpoint.journal import refuse_occupied, threads_of_run
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.loading import choose_device, is_hub_name, load_tokenizer, one_line
+from lowbit.hf.loading import choose_device, is_hub_name, load_tokenizer
+from lowbit.models.foreign import FOREIGN_ERRORS, one_line
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
@@ -78,16 +79,16 @@ def quantize(
         )
     directory, where = Path(output), choose_device(device)
     checkpoint = Checkpoint.open(local_directory(model))
-    _check_places(checkpoint, directory)
-    if resume:
-        restore_threads(directory)
+    _check_places(checkpoint, directory, resume)
     dtype = _compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)
     selected = select_modules(decoder.model, config.selection())
     tokens = None
     if calibration is not None:
         tokens = _calibration_tokens(decoder, str(calibration), samples, seqlen, seed)
-    return Plan(decoder, selected, chosen, tokens, config, directory).execute(resume, progress)
+    plan = Plan(decoder, selected, chosen, tokens, config, directory)
+    with threads_of_run(directory):
+        return plan.execute(resume, progress)
 
 
 def local_directory(model: str | Path) -> Path:
@@ -99,12 +100,11 @@ def local_directory(model: str | Path) -> Path:
     if not is_hub_name(str(model)):
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except FOREIGN_ERRORS as error:
         raise LowbitError(
             f"{model}: no such folder here, and the hub does not give it ({one_line(error)}); give "
             "the folder of a checkpoint"
@@ -125,7 +125,7 @@ def _compute_dtype(checkpoint: Checkpoint, device: torch.device, runs: bool) -> 
     return torch.float32 if device.type == "cpu" or wide else torch.bfloat16
 
 
-def _check_places(checkpoint: Checkpoint, directory: Path) -> None:
+def _check_places(checkpoint: Checkpoint, directory: Path, resume: bool) -> None:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -134,8 +134,7 @@ def _check_places(checkpoint: Checkpoint, directory: Path) -> None:
         )
     if directory.resolve() == checkpoint.path.resolve():
         raise LowbitError(f"{directory}: output and model are the same; choose another output")
-    if directory.exists() and not directory.is_dir():
-        raise LowbitError(f"{directory}: is a file; choose a new directory")
+    refuse_occupied(directory, resume)
 
 
 def _calibration_tokens(
@@ -145,5 +144,6 @@ def _calibration_tokens(
     limit = getattr(text_config, "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
         raise LowbitError(f"seqlen {seqlen} is longer than the model's {limit} positions; lower it")
-    tokenizer = load_tokenizer(decoder.checkpoint.path)
+    is_text = Path(source).suffix.lower() not in TOKEN_SUFFIXES
+    tokenizer = load_tokenizer(decoder.checkpoint.path) if is_text else None
     return load_calibration(source, tokenizer, text_config.vocab_size, samples, seqlen, seed)

@@ -9,6 +9,7 @@ appendix of the public implementations). Where no statistics are wanted, nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,9 +112,8 @@ class QuantizationRun:
             self.decoder.load_tied_head()
 
     def _weights(self, piece: Piece) -> int:
-        entries = self.decoder.checkpoint.entries
-        keys = [key for target in piece.targets for key in self.decoder.sources[target]]
-        return sum(torch.Size(entries[key].shape).numel() for key in keys)
+        sources = (self.decoder.sources[target] for target in piece.targets)
+        return sum(math.prod(entry.shape) for source in sources for entry in source.entries)
 
     def _quantize_piece(self, piece: Piece, index: int) -> None:
         file = self.journal.directory / shard_name(index, len(self.pieces))
@@ -135,8 +135,7 @@ class QuantizationRun:
                     done.add(f"{name}.weight")
             for target in piece.targets:
                 if target not in done:
-                    tensor = self.decoder.model.get_parameter(target)
-                    writer.add(target, tensor.to(self.decoder.stored_dtype(target)))
+                    writer.add(target, self.decoder.original(target))
         ordered = {name: reports[name] for name in piece.modules}
         self.journal.finish_part(piece.name, file, ordered)
         rest = self._weights(piece) - sum(report["weights"] for report in reports.values())
@@ -176,7 +175,8 @@ class QuantizationRun:
     ) -> dict[str, Any]:
         """Quantizes one module, appends its tensors, puts the decoded weight in place."""
         module = self._module(name)
-        weight = _weight(module).detach()
+        # As stored: the loaded copy may have been rounded to the dtype of computation.
+        weight = self.decoder.original(f"{name}.weight").to(self.decoder.device)
         weight = weight.T if weight_is_transposed(module) else weight
         algorithm, report = self.algorithm, {}
         if algorithm.needs_statistics and statistics is None:
@@ -223,8 +223,6 @@ class QuantizationRun:
     def _propagate(self, piece: Piece) -> None:
         """Runs a quantized piece, so that the next one is measured on what it will really see."""
         if piece.block is None:
-            first = self.pieces[1]
-            self.decoder.load(first.targets)
             self._activations = self.decoder.start(self.batches)
             return
         activations = self._require_activations()
