@@ -90,8 +90,8 @@ def module_schemes(checkpoint: Checkpoint) -> dict[str, tuple[Scheme, tuple[int,
     Raises:
         LowbitError: if a stored shape is not one.
     """
-    quantization = checkpoint.config.get("quantization_config", {})
-    if quantization.get("quant_method") != "lowbit":
+    quantization = checkpoint.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "lowbit":
         return {}
     selection = LowbitConfig.from_dict(quantization).selection()
     found: dict[str, tuple[Scheme, tuple[int, int]]] = {}
@@ -107,8 +107,22 @@ def module_schemes(checkpoint: Checkpoint) -> dict[str, tuple[Scheme, tuple[int,
                 "weight_shape is missing; config.json and weights do not belong together"
             )
         rows, columns = (int(size) for size in stored.read())
+        _require_specs(checkpoint, name, scheme, (rows, columns))
         found[name] = (scheme, (rows, columns))
     return found
+
+
+def _require_specs(
+    checkpoint: Checkpoint, name: str, scheme: Scheme, shape: tuple[int, int]
+) -> None:
+    specs = scheme.tensor_specs(shape) if min(shape) > 0 else {"weight_shape": ((0,), None)}
+    for suffix, (size, dtype) in specs.items():
+        entry = checkpoint.entries.get(f"{name}.{suffix}")
+        if entry is None or (entry.shape, entry.dtype) != (size, dtype):
+            raise LowbitError(
+                f"{checkpoint.path}: '{name}.{suffix}' does not fit {scheme} of a {list(shape)} "
+                "weight; config.json and weights do not belong together"
+            )
 
 
 def _relative_error(

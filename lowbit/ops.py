@@ -98,6 +98,8 @@ def _dequantize(*arguments: Any) -> Tensor:
 
 def _embedding(ids: Tensor, *arguments: Any) -> Tensor:
     *stored, scheme, in_features, dtype = arguments
+    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
+        raise IndexError(f"embedding: id {int(ids.min())} is out of range")  # as nn.Embedding
     rows = _qweight(tuple(stored), scheme, in_features).dequantize_rows(ids.flatten(), dtype)
     return rows.view(*ids.shape, in_features)
 
@@ -132,7 +134,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, *ctx.saved_tensors, ctx.scheme, ctx.in_features
         )
     if ctx.needs_input_grad[6]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (grad_x, None, None, None, None, None, grad_bias, None, None)
 
 

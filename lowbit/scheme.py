@@ -79,8 +79,14 @@ class Scheme:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.bits) is not int:
+            raise LowbitError(f"scheme: bits is an integer, got {self.bits!r}")
         if self.codebook is None and self.bits not in INTEGER_BITS:
-            raise LowbitError(f"scheme: {self.bits} bits are not supported; use 2, 3, 4 or 8")
+            nearest = min(INTEGER_BITS, key=lambda bits: abs(bits - self.bits))
+            raise LowbitError(
+                f"scheme: {self.bits} bits are not supported; use 2, 3, 4 or 8, the nearest is "
+                f"W{nearest}A16"
+            )
         if self.codebook is not None:
             if self.codebook not in CODEBOOKS:
                 raise unknown_name("codebook", self.codebook, CODEBOOKS)
@@ -105,7 +111,11 @@ class Scheme:
         Raises:
             LowbitError: naming the nearest valid scheme.
         """
-        return text if isinstance(text, Scheme) else _parse(text)
+        if isinstance(text, Scheme):
+            return text
+        if not isinstance(text, str):
+            raise LowbitError(f"a scheme is a string such as W4A16_G64, got {text!r}")
+        return _parse(text)
 
     def __str__(self) -> str:
         parts = [self.codebook.upper() if self.codebook else f"W{self.bits}A16"]
@@ -202,10 +212,8 @@ _EXAMPLES = (
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Scheme:
-    if not isinstance(text, str):
-        raise LowbitError(f"a scheme is a string such as W4A16_G64, got {text!r}")
     head, *rest = text.strip().upper().split("_")
-    weights_only = re.fullmatch(r"W(\d+)A(\d+)", head)
+    weights_only = re.fullmatch(r"W(\d{1,3})A(\d{1,3})", head)
     fields: dict[str, Any] = {}
     if head.lower() in CODEBOOKS:
         fields["codebook"] = head.lower()
@@ -223,7 +231,7 @@ def _parse(text: str) -> Scheme:
     kind: str
     value: int | str | bool | None
     for part in rest:
-        group = re.fullmatch(r"G(\d+)", part)
+        group = re.fullmatch(r"G(\d{1,6})", part)
         if group:
             kind, value = "group_size", int(group[1])
         elif part == "CHANNEL":

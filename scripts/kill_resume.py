@@ -147,15 +147,14 @@ def _kill_after(process: subprocess.Popen[bytes], output: Path, seconds: float) 
 
 
 def _await_work(process: subprocess.Popen[bytes], output: Path, before: int | None) -> None:
-    """Waits until a run has claimed its directory: `config.json` is the first file it writes."""
+    """Waits until a run has changed something on disk: before that it has only been importing."""
     while process.poll() is None and _claimed(output) == before:
         time.sleep(0.002)
 
 
 def _claimed(output: Path) -> int | None:
-    """Returns the time at which `config.json` was written, ns; None where there is none."""
-    file = output / "config.json"
-    return file.stat().st_mtime_ns if file.exists() else None
+    """Returns the time, ns, at which a file in `output` was last made; None without `output`."""
+    return output.stat().st_mtime_ns if output.exists() else None
 
 
 def digests(directory: Path) -> dict[str, str]:

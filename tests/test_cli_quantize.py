@@ -99,6 +99,23 @@ def pickle_only(model: Path) -> None:
     torch.save({}, model / "pytorch_model.bin")
 
 
+def no_place(model: Path) -> None:
+    """A bias in the file for a model without biases."""
+    save_file({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, model / "x.safetensors")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.0.self_attn.q_proj.bias"] = "x.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def as_integers(model: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("q_proj.weight"):
+                tensors[name] = tensors[name].to(torch.int8)
+
+    edit_tensors(model, change)
+
+
 BROKEN_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing shard": (lambda m: first_shard(m).unlink(), "the shard is missing"),
     "truncated shard": (truncate, "is truncated"),
@@ -108,6 +125,12 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing tensor": (drop_tensor, "'model.norm.weight' is missing"),
     "index outside": (escape, "outside the directory"),
     "shapes disagree": (edit_json("config.json", intermediate_size=170), "config.json needs"),
+    "fewer blocks than tensors": (edit_json("config.json", num_hidden_layers=2), "has no place"),
+    "far too many blocks": (edit_json("config.json", num_hidden_layers=10**9), "blocks, but"),
+    "no place for a bias": (no_place, "has no place for tensor"),
+    "integers as weights": (as_integers, "needs floats"),
+    "a word for a number": (edit_json("config.json", hidden_size="big"), "cannot be loaded"),
+    "zero heads": (edit_json("config.json", num_attention_heads=0), "cannot be loaded"),
     "unknown model": (edit_json("config.json", model_type="nonsense"), "config.json"),
     "no json": (lambda m: (m / "config.json").write_text("{") and None, "not valid JSON"),
     "pickles": (pickle_only, "pickled weights"),
@@ -153,6 +176,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "too long a window": (["--calibration", "TOKENS", "--seqlen", "500"], "128 positions"),
     "bad dynamic": (["--algorithm", "rtn", "--dynamic", "nonsense"], "REGEX=SCHEME"),
     "dynamic without match": (["--algorithm", "rtn", "--dynamic", "dwn_proj=W8A16"], "dwn_proj"),
+    "a device that cannot compute": (["--algorithm", "rtn", "--device", "meta"], "meta"),
     "unknown device": (["--algorithm", "rtn", "--device", "gpu9"], "gpu9"),
 }
 
@@ -166,6 +190,51 @@ def test_bad_options(
     assert run("quantize", model, tmp_path / "out", *options) == 2
     assert_one_sentence(capsys, expected)
     assert not (tmp_path / "out").exists()
+
+
+def test_code_in_a_checkpoint_is_never_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "it ran"
+    (model / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit_json("config.json", model_type="evil", auto_map=auto_map)(model)
+    for command in (
+        ["quantize", model, tmp_path / "out", "--algorithm", "rtn"],
+        ["generate", model, "once"],
+    ):
+        assert run(*command) == 2
+        assert_one_sentence(capsys, "config")
+    assert not mark.exists()
+
+
+def test_unfinished_output_is_named_by_every_command(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", model, tmp_path / "out", "--algorithm", "rtn") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["status"] = "in progress"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    for command in (["inspect", tmp_path / "out"], ["generate", tmp_path / "out", "once"]):
+        assert run(*command) == 2
+        assert_one_sentence(capsys, "--resume")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_damaged_scales_are_refused_on_loading(
+    value: float, model: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", model, tmp_path / "out", "--algorithm", "rtn") == 0
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        if "model.layers.1.mlp.up_proj.weight_scale" in tensors:
+            tensors["model.layers.1.mlp.up_proj.weight_scale"][3, 0] = value
+
+    edit_tensors(tmp_path / "out", damage)
+    capsys.readouterr()
+    assert run("eval", tmp_path / "out", "--text", tokens, "--seqlen", "64") == 2
+    assert_one_sentence(capsys, "model.layers.1.mlp.up_proj.weight_scale")
 
 
 def test_outputs_that_cannot_be_used(

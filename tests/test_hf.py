@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreT
 from lowbit.algorithms import RTN
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig, sentinel_key
-from lowbit.models.selection import Selection, select_modules, weight_is_transposed
+from lowbit.models.selection import Selection, select_modules
 from lowbit.nn import QuantEmbedding, QuantLinear, TiedQuantLinear
-from lowbit.nn.replace import tied_head_name
+from lowbit.nn.replace import tied_head_name, weight_is_transposed
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
@@ -283,7 +283,14 @@ def test_the_config_round_trips_through_the_selection() -> None:
         modules_to_not_convert=("q_proj",),
         quantize_lm_head=True,
     )
-    config = LowbitConfig.from_selection(selection, algorithm="gptq", manifest="m.json")
+    config = LowbitConfig(
+        "NF4_DQ",
+        {"down": "W8A16", "up": None},
+        ["q_proj"],
+        quantize_lm_head=True,
+        algorithm="gptq",
+        manifest="m.json",
+    )
     stored = json.loads(json.dumps(config.to_dict()))
     again = LowbitConfig(**stored)
     assert again.selection() == selection
@@ -313,6 +320,12 @@ def test_gradients_reach_inputs_through_a_loaded_model(saved: Path) -> None:
         ({"scheme": "W5A16"}, "5 bits"),
         ({"bits": 3}, "bits=3 disagrees with scheme W4A16"),
         ({"modules_to_not_convert": "lm_head"}, "list of names"),
+        ({"modules_to_not_convert": 5}, "list of names"),
+        ({"dynamic": 5}, "dynamic maps regexes"),
+        ({"dynamic": [["(", "W8A16"]]}, "not a regular expression"),
+        ({"scheme": ["W4A16"]}, "a scheme is a string"),
+        ({"format_version": 2, "rotation": "hadamard"}, "upgrade"),
+        ({"format_version": 0}, "quantize the model again"),
         ({"dynamic": {"up": "W5A16"}}, "5 bits"),
     ],
 )

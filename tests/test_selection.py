@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from lowbit.errors import LowbitError
 from lowbit.models.layers import find_decoder_layers
-from lowbit.models.selection import Selection, select_modules, weight_is_transposed
+from lowbit.models.selection import Selection, select_modules
+from lowbit.nn.replace import weight_is_transposed
 from lowbit.scheme import Scheme
 
 W4, W8 = Scheme.parse("W4A16_G32"), Scheme.parse("W8A16_G32")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.base import Statistics
 from lowbit.calibration.statistics import HessianAccumulator
+from lowbit.errors import LowbitError
 
 
 class StopForwardError(Exception):
@@ -88,4 +89,7 @@ def collect_statistics(
         handle.remove()
     if accumulator is None:
         raise AssertionError(f"{name} was not called")
-    return accumulator.statistics()
+    try:
+        return accumulator.statistics()
+    except LowbitError as error:
+        raise LowbitError(f"{name}: {error}") from error

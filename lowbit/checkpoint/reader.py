@@ -27,6 +27,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # The safetensors library refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+# `status` in the quantization_config of an output directory until its manifest is written.
+IN_PROGRESS = "in progress"
 HASH_CHUNK_BYTES = 1 << 22
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -105,6 +107,7 @@ class Checkpoint:
             raise LowbitError(
                 f"{directory / 'config.json'}: has no model_type, so no model is known"
             )
+        require_complete(directory, config.get("quantization_config"))
         entries: dict[str, TensorEntry] = {}
         weight_map = _weight_map(directory)
         for file_name in sorted(set(weight_map.values())) if weight_map else [SINGLE_NAME]:
@@ -171,6 +174,28 @@ def _require_finite(values: Tensor, entry: TensorEntry) -> None:
         raise LowbitError(
             f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is "
             "broken, fetch it again"
+        )
+
+
+def require_complete(directory: Path, quantization: Any) -> None:
+    """Refuses an output directory of ours whose run has not ended, or that lost its manifest.
+
+    Args:
+        directory: a local checkpoint.
+        quantization: its `quantization_config`, whatever that is.
+    """
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "lowbit":
+        return
+    if quantization.get("status") == IN_PROGRESS:
+        raise LowbitError(
+            f"{directory}: is unfinished, its quantization was interrupted; go on with the same "
+            "`lowbit quantize` and --resume"
+        )
+    manifest = quantization.get("manifest")
+    if isinstance(manifest, str) and not (directory / manifest).is_file():
+        raise LowbitError(
+            f"{directory / manifest}: missing, but config.json names it; the checkpoint is "
+            "incomplete, copy it again"
         )
 
 

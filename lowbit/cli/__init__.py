@@ -30,12 +30,9 @@ app.command("inspect")(inspect_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with 0, 2 for bad input, 130 when interrupted."""
+    """Runs the command line; exits with 0, or 2 for bad input."""
     try:
         app(args=arguments)
     except LowbitError as error:
         print(f"lowbit: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("lowbit: interrupted; finished blocks are kept, --resume goes on", file=sys.stderr)
-        sys.exit(130)

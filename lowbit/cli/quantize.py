@@ -62,22 +62,26 @@ def quantize_command(
     from lowbit.algorithms import make_algorithm
     from lowbit.pipeline import quantize
 
-    result = quantize(
-        model,
-        output,
-        scheme=scheme,
-        algorithm=make_algorithm(algorithm, **_options(option or [])),
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        device=device,
-        dynamic=_dynamic(dynamic or []),
-        modules_to_not_convert=tuple(keep or ()),
-        quantize_lm_head=quantize_lm_head,
-        quantize_embeddings=quantize_embeddings,
-        resume=resume,
-    )
+    try:
+        result = quantize(
+            model,
+            output,
+            scheme=scheme,
+            algorithm=make_algorithm(algorithm, **_options(option or [])),
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            dynamic=_dynamic(dynamic or []),
+            modules_to_not_convert=tuple(keep or ()),
+            quantize_lm_head=quantize_lm_head,
+            quantize_embeddings=quantize_embeddings,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        typer.echo("lowbit: interrupted; finished blocks are kept, --resume goes on", err=True)
+        raise typer.Exit(130) from None
     summary = result.manifest["summary"]
     if json_output:
         typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))

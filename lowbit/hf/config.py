@@ -9,13 +9,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.algorithms import Algorithm, make_algorithm
+from lowbit.checkpoint.reader import IN_PROGRESS
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.models.selection import Selection
 from lowbit.scheme import Scheme
 
 QUANT_METHOD = "lowbit"
 FORMAT_VERSION = 1
-IN_PROGRESS = "in progress"
 _Choice = str | Scheme | None
 _STORED_ONLY = ("quant_method", "format_version", "status", "manifest")
 
@@ -50,15 +50,10 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         algorithm_options: Mapping[str, Any] | None = None,
         **stored: Any,
     ) -> None:
-        _require_known_keys(stored)
         _require_readable(stored)
-        if isinstance(modules_to_not_convert, str):
-            raise LowbitError(
-                "modules_to_not_convert is a list of names, got the string "
-                f"{modules_to_not_convert!r}; put it in brackets"
-            )
+        _require_known_keys(stored)
         parsed = Scheme.parse(scheme)
-        pairs = dynamic.items() if isinstance(dynamic, Mapping) else dynamic or ()
+        pairs = _rules(dynamic)
         self.quant_method = QUANT_METHOD
         self.format_version = FORMAT_VERSION
         self.scheme = str(parsed)
@@ -67,12 +62,13 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             (pattern, None if choice is None else str(Scheme.parse(choice)))
             for pattern, choice in pairs
         ]
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.modules_to_not_convert = _names(modules_to_not_convert)
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.algorithm = algorithm
         self.algorithm_options = dict(algorithm_options or {})
         self.manifest = stored.get("manifest")
+        self.selection()  # checks the regexes
         for key, value in _derived(parsed).items():
             if stored.get(key, value) != value:
                 raise LowbitError(
@@ -80,23 +76,6 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
                     "for other readers, change the scheme (for example W3A16_G64)"
                 )
             setattr(self, key, value)
-
-    @staticmethod
-    def from_selection(selection: Selection, **keys: Any) -> LowbitConfig:
-        """Returns the config that makes loading select what `selection` selects.
-
-        Args:
-            selection: the user's choice.
-            **keys: `algorithm`, `algorithm_options`, `manifest`.
-        """
-        return LowbitConfig(
-            scheme=selection.scheme,
-            dynamic=selection.dynamic,
-            modules_to_not_convert=selection.modules_to_not_convert,
-            quantize_lm_head=selection.quantize_lm_head,
-            quantize_embeddings=selection.quantize_embeddings,
-            **keys,
-        )
 
     def selection(self) -> Selection:
         """Returns the user's choice that this config records."""
@@ -163,12 +142,33 @@ def _require_known_keys(stored: Mapping[str, Any]) -> None:
         raise unknown_name("quantization_config key", unknown[0], known | own)
 
 
+def _rules(dynamic: Any) -> list[tuple[str, Any]]:
+    """Returns the (regex, choice) pairs of `dynamic`, given as a mapping or as pairs."""
+    pairs = list(dynamic.items()) if isinstance(dynamic, Mapping) else dynamic or []
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in pairs
+    ):
+        raise LowbitError(f"dynamic maps regexes to schemes or null, got {dynamic!r}")
+    return [(pattern, choice) for pattern, choice in pairs]
+
+
+def _names(modules: Any) -> list[str]:
+    """Returns the names of `modules_to_not_convert`."""
+    names = [] if modules is None else modules
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
+        raise LowbitError(f"modules_to_not_convert is a list of names, got {modules!r}")
+    return list(names)
+
+
 def _require_readable(stored: Mapping[str, Any]) -> None:
     version = stored.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        fix = "upgrade with `pip install -U lowbit`" if newer else "quantize the model again"
         raise LowbitError(
-            f"the checkpoint has lowbit format version {version}, this lowbit reads version "
-            f"{FORMAT_VERSION}; upgrade with `pip install -U lowbit`"
+            f"the checkpoint has lowbit format version {version!r}, this lowbit reads version "
+            f"{FORMAT_VERSION}; {fix}"
         )
     if stored.get("status") == IN_PROGRESS:
         raise LowbitError(

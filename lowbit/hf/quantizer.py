@@ -25,6 +25,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from lowbit.checkpoint.reader import require_complete
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.hf.headers import check_full_precision, check_quantized
@@ -93,15 +94,9 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{file}: pickled weights are not loaded, they can run code; convert them to "
                     "safetensors"
                 )
-        manifest = self.quantization_config.manifest
         # Only a local directory must be complete: from a hub, just the needed files arrive.
-        if manifest and files and Path(model.name_or_path).is_dir():
-            path = files[0].parent / manifest
-            if not path.is_file():
-                raise LowbitError(
-                    f"{path}: missing, but config.json names it; the checkpoint is incomplete, "
-                    "copy it again"
-                )
+        if files and Path(model.name_or_path).is_dir():
+            require_complete(files[0].parent, self.quantization_config.to_dict())
         # A `save_pretrained` of the loaded model writes no manifest, so it must not name one.
         self.quantization_config.manifest = None
 
@@ -154,6 +149,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.name_or_path}: tensor {self._not_finite[0]!r} holds NaN or Inf; a model "
                 "with such weights is broken, fetch it again"
             )
+        _require_sound_scales(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -186,6 +182,24 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """True: the operators are opaque to the compiler and break no graph."""
         return True
+
+
+def _require_sound_scales(model: PreTrainedModel) -> None:
+    """Refuses scales that decode to nothing: every weight of their groups would be lost."""
+    for name, module in model.named_modules():
+        if not isinstance(module, StoredWeight):
+            continue
+        for suffix in _FLOAT_TENSORS:
+            values = getattr(module, suffix, None)
+            if values is None or values.device.type == "meta" or not values.is_floating_point():
+                continue
+            # Steps are zero where all scales of a block are equal.
+            zero = suffix == "weight_scale" and bool((values == 0).any())
+            if zero or not bool(values.isfinite().all()):
+                raise LowbitError(
+                    f"{model.name_or_path}: tensor '{name}.{suffix}' holds NaN, Inf or a zero "
+                    "scale; the checkpoint is damaged, fetch it again"
+                )
 
 
 class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]

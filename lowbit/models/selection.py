@@ -13,8 +13,6 @@ from lowbit.models.layers import find_decoder_layers
 from lowbit.nn.replace import module_name, tied_head_name, weight_is_transposed, weight_shape
 from lowbit.scheme import Scheme
 
-__all__ = ["Selection", "select_modules", "weight_is_transposed"]
-
 # Gates of a few outputs (`shared_expert_gate` has one) decide a lot and weigh nothing.
 MIN_OUT_FEATURES = 16
 
@@ -30,6 +28,9 @@ class Selection:
         modules_to_not_convert: names, or dotted parts of names, that stay in 16 bits.
         quantize_lm_head: also the output head.
         quantize_embeddings: also the input embedding, and the head if it is tied to it.
+
+    Raises:
+        LowbitError: for a pattern that is no regular expression.
     """
 
     scheme: Scheme
@@ -37,6 +38,15 @@ class Selection:
     modules_to_not_convert: tuple[str, ...] = ()
     quantize_lm_head: bool = False
     quantize_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.dynamic:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError) as error:
+                raise LowbitError(
+                    f"dynamic: {pattern!r} is not a regular expression ({error})"
+                ) from None
 
 
 def select_modules(
@@ -156,13 +166,7 @@ def _require_all_match(model: PreTrainedModel, selection: Selection, candidates:
             parts = {part for name in every_name for part in name.split(".") if not part.isdigit()}
             raise unknown_name("module in modules_to_not_convert", entry, parts)
     for pattern, _ in selection.dynamic:
-        try:
-            matches = any(re.search(pattern, name) for name in candidates)
-        except re.error as error:
-            raise LowbitError(
-                f"dynamic: {pattern!r} is not a regular expression ({error})"
-            ) from None
-        if not matches:
+        if not any(re.search(pattern, name) for name in candidates):
             raise LowbitError(
                 f"dynamic: {pattern!r} is found in no module that would be quantized; names look "
                 f"like {candidates[0]!r}"

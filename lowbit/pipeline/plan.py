@@ -17,9 +17,9 @@ from lowbit.algorithms import Algorithm
 from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
 from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
-from lowbit.checkpoint.reader import file_digest
+from lowbit.checkpoint.reader import IN_PROGRESS, file_digest
 from lowbit.errors import LowbitError
-from lowbit.hf.config import IN_PROGRESS, LowbitConfig, sentinel_key
+from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
