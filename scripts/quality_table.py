@@ -6,7 +6,8 @@ domain far from the books that the model learned.
 
     rtn absmax   round to nearest on the grid that covers the extremes; needs no data
     rtn          the same with searched scales, weighted by the calibration's activations
-    gptq         the default
+    gptq one fit with scales fitted to the original weights only
+    gptq         the default: scales fitted again to the targets of the first solution
 
 A seed draws the calibration windows from the pool, so the spread over seeds is what another draw
 of calibration data would change.
@@ -37,12 +38,13 @@ MODEL = ASSETS / "books-4m"
 CALIBRATION = ASSETS / "books-4m-calibration.safetensors"
 TEST = ASSETS / "books-4m-test.safetensors"
 SEQLEN = 512
-SCHEMES = ("W4A16_G64", "W3A16_G64")
+SCHEMES = ("W4A16_G64", "W3A16_G64", "W2A16_G64")
 
 # Name in the table -> algorithm, its options, whether it sees calibration data.
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "rtn absmax": ("rtn", {"search": False}, False),
     "rtn": ("rtn", {}, True),
+    "gptq one fit": ("gptq", {"refit": False}, True),
     "gptq": ("gptq", {}, True),
 }
 
