@@ -25,6 +25,7 @@ from lowbit.checkpoint.reader import read_header, read_quantized
 from lowbit.checkpoint.writer import ShardWriter
 from lowbit.models.streaming import Activations, StreamedDecoder
 from lowbit.nn.replace import weight_is_transposed, weight_shape
+from lowbit.pipeline.memory import release_freed_memory
 from lowbit.pipeline.output import shard_name
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight
@@ -104,6 +105,7 @@ class QuantizationRun:
             if propagate:
                 self._propagate(piece)
             self._free(piece)
+            release_freed_memory()
         return [self.journal.parts[piece.name]["file"] for piece in self.pieces]
 
     def _load(self, piece: Piece) -> None:
