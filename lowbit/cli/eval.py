@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 # The protocol's window; a shorter model takes its own longest.
 PROTOCOL_SEQLEN = 2048
-REPORT_COLUMNS = 100
 STANDARD_OUTPUT = Path("-")
 
 
@@ -82,9 +82,7 @@ def eval_command(
         result = evaluate(model, chosen, baseline, slicing, size, lambda: progress.advance(1))
     _write(result, {"path": path, "text": text, "against": against}, json_output)
     if json_output != STANDARD_OUTPUT:
-        screen = Console()
-        width = min(screen.width, REPORT_COLUMNS) if screen.is_terminal else REPORT_COLUMNS
-        Console(width=width).print(render(result))
+        screen().print(render(result))
 
 
 def _windows(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from lowbit.cli.screen import screen
 
 
 def inspect_command(
@@ -30,7 +31,7 @@ def inspect_command(
             json.dumps({"path": str(path), "tensors": [row.to_dict() for row in rows]}, indent=2)
         )
         return
-    table = Table(title=str(path), caption=_totals([row.to_dict() for row in rows]), width=100)
+    table = Table(title=str(path), caption=_totals([row.to_dict() for row in rows]))
     table.add_column("tensor", overflow="fold", ratio=1)
     for heading in ("stored as", "shape", "bits/weight", "rel. error"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -38,7 +39,7 @@ def inspect_command(
         error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
         shape = "x".join(map(str, row.shape))
         table.add_row(row.name, row.stored_as, shape, f"{row.bits_per_weight:.3f}", error)
-    Console().print(table)
+    screen().print(table)
 
 
 def _totals(rows: list[dict[str, Any]]) -> str:

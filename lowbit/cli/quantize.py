@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
 
@@ -126,4 +126,4 @@ def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (scales included)")
     for name, reason in summary["fallbacks"].items():
         table.add_row("[yellow]fell back[/]", f"{name}: {reason}")
-    Console().print(table)
+    screen().print(table)
