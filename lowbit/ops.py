@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lowbit import backends
-from lowbit.backends.dequantize import dequantize as dequantize_weight
 from lowbit.errors import LowbitError
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
@@ -93,7 +92,7 @@ def _linear_grad_input(grad: Tensor, *arguments: Any) -> Tensor:
 
 def _dequantize(*arguments: Any) -> Tensor:
     *stored, scheme, in_features, dtype = arguments
-    return dequantize_weight(_qweight(tuple(stored), scheme, in_features), dtype)
+    return _qweight(tuple(stored), scheme, in_features).dequantize(dtype)
 
 
 def _embedding(ids: Tensor, *arguments: Any) -> Tensor:

@@ -11,6 +11,7 @@ Each case is a process of its own, so nothing of one stays in the peak of the ne
     load      `from_pretrained` of what rtn wrote, then every tensor read once: they are mapped,
               and what was never read would not count
     forward   the same and a forward pass of 16 tokens
+    on_load   `from_pretrained` of the 16-bit model, quantizing while it loads
 
 Peak RSS is the kernel's own high-water mark. It counts file pages that are mapped from the
 checkpoint (`file`), which the kernel may drop at any time, beside memory that was allocated
@@ -49,6 +50,12 @@ for tensor in [*model.parameters(), *model.buffers()]:
     tensor.count_nonzero()
 """
 FORWARD = LOAD + "model(model.dummy_inputs['input_ids'].new_zeros(1, 16))"
+ON_LOAD = """
+import sys, transformers, lowbit
+transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=lowbit.LowbitConfig(sys.argv[2])
+)
+"""
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,7 @@ def _run(arguments: argparse.Namespace) -> None:
         tokens = Path(outputs) / "tokens.npy"
         ids = np.random.default_rng(0).integers(vocab_size, size=(task.samples, task.seqlen))
         np.save(tokens, ids.astype(np.int32))
+        case("on_load", ["-c", ON_LOAD, str(arguments.model), task.scheme])
         case("gptq", task.gptq(arguments.model, Path(outputs) / "gptq", tokens))
     constant = usage["imports"].peak_rss_bytes
     content = {

@@ -60,6 +60,7 @@ def memory(result: dict[str, Any]) -> str:
         "load": "`from_pretrained` and one reading of "
         f"{gigabytes(result['quantized_bytes_on_disk'])} GB",
         "forward": "the same and a forward pass of 16 tokens",
+        "on_load": "`from_pretrained` of the 16-bit model, quantizing while it loads",
     }
     rows = [
         [
