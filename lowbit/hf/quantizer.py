@@ -149,6 +149,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.name_or_path}: tensor {self._not_finite[0]!r} holds NaN or Inf; a model "
                 "with such weights is broken, fetch it again"
             )
+        _restore_scale_dtypes(model)
         _require_sound_scales(model)
         return model
 
@@ -182,6 +183,19 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """True: the operators are opaque to the compiler and break no graph."""
         return True
+
+
+def _restore_scale_dtypes(model: PreTrainedModel) -> None:
+    """Takes back the widening of scales by a policy that keeps modules in fp32.
+
+    transformers 5.17 does not ask `get_new_dtype` yet. fp16 to fp32 and back is exact.
+    """
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            for suffix, (_, dtype) in module.scheme.tensor_specs(module.logical_shape).items():
+                stored = module._buffers.get(suffix)
+                if stored is not None and stored.dtype != dtype:
+                    module._buffers[suffix] = stored.to(dtype)
 
 
 def _require_sound_scales(model: PreTrainedModel) -> None:

@@ -72,14 +72,14 @@ def quantize(
         algorithm=chosen.name,
         algorithm_options=algorithm_options(chosen),
     )
+    directory, where = Path(output), choose_device(device)
+    checkpoint = Checkpoint.open(local_directory(model))
+    _check_places(checkpoint, directory, resume)
     if chosen.needs_statistics and calibration is None:
         raise LowbitError(
             f"algorithm {chosen.name} needs calibration data; give a text, JSONL or token file, or "
             "use rtn, which needs none"
         )
-    directory, where = Path(output), choose_device(device)
-    checkpoint = Checkpoint.open(local_directory(model))
-    _check_places(checkpoint, directory, resume)
     dtype = _compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)
     selected = select_modules(decoder.model, config.selection())
