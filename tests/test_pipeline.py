@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import TINY, build_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import lowbit
 from lowbit.algorithms import GPTQ, RTN, Algorithm
@@ -285,3 +285,39 @@ def test_index_covers_every_tensor(tmp_path: Path) -> None:
     lowbit.quantize(tmp_path / "model", tmp_path / "out", algorithm="rtn", progress=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == all_tensors(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_excluded_experts_are_carried_over(
+    algorithm: str, tmp_path: Path, token_file: Path
+) -> None:
+    """transformers merges the experts of a Mixtral file into one parameter each while loading."""
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    original.save_pretrained(tmp_path / "model")
+    options: dict[str, object] = {"algorithm": algorithm, "scheme": "W8A16_G32"}
+    with pytest.raises(lowbit.LowbitError, match="fused experts cannot be quantized yet"):
+        quantize_streamed(tmp_path / "model", tmp_path / "out", token_file, **options)
+    options["modules_to_not_convert"] = ("experts",)
+    if algorithm == "rtn":
+        options["calibration"] = None
+    lowbit.quantize(
+        tmp_path / "model",
+        tmp_path / "out",
+        **{"calibration": str(token_file), "samples": SAMPLES, "seqlen": SEQLEN, **options},
+        progress=False,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before, after = original.state_dict(), loaded.state_dict()
+    for name in before:
+        if "experts" in name:
+            assert torch.equal(after[name], before[name]), name
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        difference = (loaded(ids).logits - original(ids).logits).float().norm()
+        assert difference < 0.05 * original(ids).logits.float().norm()

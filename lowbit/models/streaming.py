@@ -110,6 +110,8 @@ class StreamedDecoder:
 
     def load(self, targets: list[str]) -> None:
         """Gives the parameters `targets` their weights."""
+        if not targets:
+            return
         # Entries are read one by one when the loader gets to them.
         entries = [entry for target in targets for entry in self.sources[target].entries]
         state = {entry.name: entry for entry in entries}

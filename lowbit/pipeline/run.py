@@ -109,6 +109,15 @@ class QuantizationRun:
         return [self.journal.parts[piece.name]["file"] for piece in self.pieces]
 
     def _load(self, piece: Piece) -> None:
+        """Gives a piece its weights, as far as it will be run.
+
+        Without calibration it will not: weights are then read one by one, as they are quantized,
+        except for those that transformers makes out of several tensors.
+        """
+        if not self.batches:
+            sources = self.decoder.sources
+            self.decoder.load([target for target in piece.targets if sources[target].converted])
+            return
         self.decoder.load(piece.targets)
         if piece.name == self.decoder.head_name and not self.decoder.targets(piece.name):
             self.decoder.load_tied_head()
