@@ -34,24 +34,29 @@ PAIRS = {2: 8, 3: 8, 4: 4, 8: 2}
 PLANE_BITS = (2, 4, 6, 1, 3, 5, 0, 7)
 _PLANE_SHIFTS = (0, 0, 0, -1, -1, -1, -2, 3)
 
+# $0 = $1 + 0, where the zero is lane >> 5 of a lane number that went through a shuffle.
+PER_LANE_ASM = """{
+.reg .b32 t;
+mov.u32 t, %laneid;
+shfl.sync.bfly.b32 t, t, 0, 31, -1;
+shr.u32 t, t, 5;
+add.u32 $0, $1, t;
+}"""
 
-def decode_asm(bits: int, codebook: Sequence[float] | None, dtype: str, asymmetric: bool) -> str:
+
+@functools.cache
+def decode_asm(bits: int, dtype: str, asymmetric: bool = False, codebook: bool = False) -> str:
     """Returns the fragment that decodes a word.
 
     Args:
         bits: 2, 3, 4 or 8.
-        codebook: 16 values for a codebook, None for integers.
         dtype: "bf16" or "fp16", of the results.
-        asymmetric: whether the last input is the pair of negated zero points; otherwise the zero
-            point is 2^(bits-1).
+        asymmetric: whether zero points are an input; otherwise they are 2^(bits-1).
+        codebook: whether codes are looked up. The table is an input for the sake of registers: as
+            constants its words would be loaded anew for every lookup.
     """
-    return _decode_asm(bits, None if codebook is None else tuple(codebook), dtype, asymmetric)
-
-
-@functools.cache
-def _decode_asm(bits: int, codebook: tuple[float, ...] | None, dtype: str, asymmetric: bool) -> str:
-    if codebook is not None:
-        return _codebook_asm(codebook, dtype)
+    if codebook:
+        return _codebook_asm()
     if bits == 8 and dtype == "bf16":
         return _bytes_to_bf16_asm(asymmetric)
     return _integer_asm(bits, dtype, asymmetric)
