@@ -233,9 +233,12 @@ class FragmentWeight:
         return dataclasses.replace(self, scale=self.scale_codes, scale_codes=None)
 
     def rows(self, start: int, stop: int, out_features: int) -> FragmentWeight:
-        """Returns a view of the stored rows `start` to `stop` (multiples of 64)."""
+        """Returns a view of the stored rows `start` to `stop` (multiples of 64).
+
+        Codes of scales stay with the whole weight: their blocks are counted from its first row.
+        """
         strips = slice(start // STRIP, stop // STRIP)
-        if self.scale.dtype == torch.uint8 and start:
+        if self.scale.dtype == torch.uint8 and stop - start < self.padded_rows:
             raise ValueError("rows of double-quantized scales cannot be cut out; decode them first")
         return dataclasses.replace(
             self,
@@ -245,7 +248,7 @@ class FragmentWeight:
             scale=self.scale[:, start:stop],
             zero=None if self.zero is None else self.zero[:, start:stop],
             counters=self.counters[start // ROW_PADDING : stop // ROW_PADDING],
-            scale_codes=None if self.scale_codes is None else self.scale_codes[:, start:stop],
+            scale_codes=None,
         )
 
 
