@@ -1,0 +1,194 @@
+// The C interface: picks the instruction set, shares the work among threads, owns the scratch space.
+#include <omp.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace lowbit {
+namespace {
+
+enum Isa : int32_t { kPortableIsa = 0, kAvx2Isa = 1, kAvx512Isa = 2 };
+
+int best_isa() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kAvx512Isa;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Isa;
+#endif
+  return kPortableIsa;
+}
+
+const Kernels& kernels_for(int isa) {
+#if defined(__x86_64__) || defined(__i386__)
+  if (isa == kAvx512Isa) return avx512_kernels();
+  if (isa == kAvx2Isa) return avx2_kernels();
+#endif
+  (void)isa;
+  return portable_kernels();
+}
+
+// Memory that a thread keeps between calls and that only grows.
+class Scratch {
+ public:
+  // Returns `bytes` bytes at a multiple of 64, or null where there is no memory.
+  char* get(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(new (std::nothrow) char[bytes + 64]);
+      size_ = memory_ ? bytes : 0;
+    }
+    if (!memory_) return nullptr;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (64 - address % 64) % 64;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Scratch shared_scratch;  // of the calling thread, read by all
+thread_local Scratch own_scratch;
+
+size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+size_t type_bytes(int type) { return type == kFloat32 ? 4 : 2; }
+
+// Where the parts of the shared scratch begin.
+struct Plan {
+  size_t widened, bytes, unit, sum_high, sum_low, out, total;
+};
+
+Plan plan(const Weight& w, int tokens, int planes) {
+  const size_t columns = padded_columns(w), parts = segments(w);
+  const size_t sums = rounded_up(tokens * parts * sizeof(float));
+  Plan p;
+  p.widened = 0;
+  p.bytes = p.widened + rounded_up(tokens * columns * sizeof(float));
+  p.unit = p.bytes + rounded_up(tokens * columns * planes);
+  p.sum_high = p.unit + sums;
+  p.sum_low = p.sum_high + sums;
+  p.out = p.sum_low + sums;
+  p.total = p.out + rounded_up(tokens * static_cast<size_t>(strips(w)) * kStrip * sizeof(float));
+  return p;
+}
+
+constexpr int kTokenBlock = 64;  // tokens whose activations are in the scratch at once
+
+}  // namespace
+}  // namespace lowbit
+
+using namespace lowbit;
+
+extern "C" {
+
+// 1 is added whenever the layout of Weight or a signature changes; the Python side refuses others.
+int32_t lowbit_abi() { return 1; }
+
+// 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+int32_t lowbit_best_isa() { return best_isa(); }
+
+// out[M, N] = x[M, K] W^T + bias. Rows of x are `x_stride` elements apart, those of out N.
+//
+// planes: 2 multiplies by 16-bit integers, 1 by 8-bit ones, 0 by the float32 activations themselves.
+// Returns 0, or 1 where memory ran out.
+int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int32_t x_type,
+                      int32_t tokens, const float* bias, void* out, int32_t out_type,
+                      int32_t planes, int32_t threads, int32_t isa) {
+  const Weight& w = *weight;
+  const Kernels& kernels = kernels_for(isa);
+  const int all_strips = strips(w), columns = padded_columns(w), parts = segments(w);
+  const size_t out_stride = static_cast<size_t>(all_strips) * kStrip;
+  bool failed = false;
+  for (int start = 0; start < tokens; start += kTokenBlock) {
+    const int count = tokens - start < kTokenBlock ? tokens - start : kTokenBlock;
+    const Plan at = plan(w, count, planes ? planes : 1);
+    char* scratch = shared_scratch.get(at.total);
+    if (!scratch) return 1;
+    float* widened = reinterpret_cast<float*>(scratch + at.widened);
+    int8_t* bytes = reinterpret_cast<int8_t*>(scratch + at.bytes);
+    float* unit = reinterpret_cast<float*>(scratch + at.unit);
+    float* sum_high = reinterpret_cast<float*>(scratch + at.sum_high);
+    float* sum_low = reinterpret_cast<float*>(scratch + at.sum_low);
+    float* sums = reinterpret_cast<float*>(scratch + at.out);
+    const char* first = static_cast<const char*>(x) + start * x_stride * type_bytes(x_type);
+    // A few strips at a time, so that a thread that is held up leaves work to the others.
+    const int step = all_strips / (threads * 8) > 4 ? all_strips / (threads * 8) / 4 * 4 : 4;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int m = 0; m < count; m++) {
+        float* row = widened + static_cast<size_t>(m) * columns;
+        kernels.widen(w, first + m * x_stride * type_bytes(x_type), x_type, row);
+        const size_t part = static_cast<size_t>(m) * parts;
+        if (planes)
+          kernels.quantize(w, row, planes, bytes + static_cast<size_t>(m) * columns * planes,
+                           unit + part, sum_high + part, sum_low + part);
+      }
+      float* panel = nullptr;
+      if (!planes) panel = reinterpret_cast<float*>(own_scratch.get(panel_floats(w) * 4));
+      if (!planes && !panel) {
+#pragma omp atomic write
+        failed = true;
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int strip = 0; strip < all_strips; strip += step) {
+        const int last = strip + step < all_strips ? strip + step : all_strips;
+        if (!planes) {
+          if (panel) kernels.multiply_many(w, widened, count, strip, last, panel, sums, out_stride);
+          continue;
+        }
+        // The codes of a few strips stay in the cache while the tokens pass by.
+        for (int s = strip; s < last; s += 4)
+          for (int m = 0; m < count; m += kMaxTokens) {
+            const size_t part = static_cast<size_t>(m) * parts;
+            const Activations a = {planes, bytes + static_cast<size_t>(m) * columns * planes,
+                                   unit + part, sum_high + part, sum_low + part};
+            kernels.multiply(w, a, count - m < kMaxTokens ? count - m : kMaxTokens, s,
+                             s + 4 < last ? s + 4 : last, sums + m * out_stride, out_stride);
+          }
+      }
+#pragma omp for schedule(static)
+      for (int m = 0; m < count; m++)
+        kernels.narrow(sums + m * out_stride, bias, w.rows, out_type,
+                       static_cast<char*>(out) +
+                           static_cast<size_t>(start + m) * w.rows * type_bytes(out_type));
+    }
+    if (failed) return 1;
+  }
+  return 0;
+}
+
+// out[N, K] = W, rounded once to `out_type`. Returns 0, or 1 where memory ran out.
+int32_t lowbit_decode(const Weight* weight, void* out, int32_t out_type, int32_t threads,
+                      int32_t isa) {
+  const Weight& w = *weight;
+  const Kernels& kernels = kernels_for(isa);
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const size_t row_bytes = w.columns * type_bytes(out_type);
+    const size_t panel_bytes = rounded_up(panel_floats(w) * sizeof(float));
+    char* scratch = own_scratch.get(panel_bytes + sizeof(float) * w.columns * kStrip);
+    if (!scratch) {
+#pragma omp atomic write
+      failed = true;
+    }
+#pragma omp for schedule(static)
+    for (int strip = 0; strip < strips(w); strip++) {
+      if (!scratch) continue;
+      float* rows = reinterpret_cast<float*>(scratch + panel_bytes);
+      kernels.decode(w, strip, reinterpret_cast<float*>(scratch), rows);
+      for (int r = 0; r < kStrip && strip * kStrip + r < w.rows; r++)
+        kernels.narrow(rows + static_cast<size_t>(r) * w.columns, nullptr, w.columns, out_type,
+                       static_cast<char*>(out) + (strip * kStrip + r) * row_bytes);
+    }
+  }
+  return failed ? 1 : 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,193 @@
+// Activations in and out of the kernels, and products in float32 for many tokens.
+#pragma once
+#include "product.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+
+inline void widen_run(const void* x, size_t from, int count, int type, float* out) {
+  if (type == kFloat32) {
+    std::memcpy(out, static_cast<const float*>(x) + from, sizeof(float) * count);
+    return;
+  }
+  const uint16_t* bits = static_cast<const uint16_t*>(x) + from;
+  int i = 0;
+  for (; i + 16 <= count; i += 16) Isa::store(out + i, load_typed(bits, i, type));
+  for (; i < count; i++)
+    out[i] = type == kFloat16 ? half_to_float(bits[i]) : bfloat_to_float(bits[i]);
+}
+
+inline void widen(const Weight& w, const void* x, int type, float* out) {
+  for (int g = 0; g < w.groups; g++) {
+    const int columns = group_columns(w, g), width = padded(columns);
+    widen_run(x, static_cast<size_t>(g) * w.group, columns, type, out);
+    std::memset(out + columns, 0, sizeof(float) * (width - columns));
+    out += width;
+  }
+}
+
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, in any vector.
+inline float rounded(float v) {
+  const float magic = 12582912.0f;
+  return (v + magic) - magic;
+}
+
+inline void quantize_segment(const float* x, int columns, int planes, int8_t* bytes, float* unit,
+                             float* sum_high, float* sum_low) {
+  // Positive floats are ordered as their bits; NaN is the largest and reaches the unit.
+  int32_t largest_bits = 0;
+  for (int i = 0; i < columns; i++) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7FFFFFFF;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
+  const float top = planes == 2 ? static_cast<float>(kLargest) : 127.0f;
+  const float inverse = largest > 0.0f && std::isfinite(top / largest) ? top / largest : 0.0f;
+  // A segment too small for its inverse to exist counts as zero; NaN and infinity stay what they are.
+  *unit = std::isfinite(largest) ? largest / top : largest - largest;
+  alignas(64) int32_t high[kSegment], low[kSegment];
+  int32_t total_high = 0, total_low = 0;
+  for (int i = 0; i < columns; i++) {
+    const float value = rounded(x[i] * inverse);
+    const float upper = planes == 2 ? rounded(value * (1.0f / kRadix)) : value;
+    high[i] = static_cast<int32_t>(upper);
+    low[i] = static_cast<int32_t>(value - upper * kRadix);
+    total_high += high[i];
+    total_low += low[i];
+  }
+  *sum_high = static_cast<float>(total_high);
+  *sum_low = planes == 2 ? static_cast<float>(total_low) : 0.0f;
+  for (int quad = 0; quad < columns / 4; quad++) {
+    int8_t* out = bytes + quad * 4 * planes;
+    for (int i = 0; i < 4; i++) {
+      out[i] = static_cast<int8_t>(high[4 * quad + i]);
+      if (planes == 2) out[4 + i] = static_cast<int8_t>(low[4 * quad + i]);
+    }
+  }
+}
+
+inline void quantize(const Weight& w, const float* x, int planes, int8_t* bytes, float* unit,
+                     float* sum_high, float* sum_low) {
+  int index = 0;
+  for (int g = 0; g < w.groups; g++) {
+    const int group = padded(group_columns(w, g));
+    for (int start = 0; start < group; start += kSegment, index++) {
+      const int length = group - start < kSegment ? group - start : kSegment;
+      quantize_segment(x, length, planes, bytes, unit + index, sum_high + index, sum_low + index);
+      x += length;
+      bytes += static_cast<size_t>(length) * planes;
+    }
+  }
+}
+
+// One strip as float32 [padded columns][16]: scale * (code - zero), rounded once.
+template <int kKind> void decode_panel(const Weight& w, int strip, float* panel) {
+  using Layout = Codes<kKind>;
+  const uint8_t* p = w.codes + strip * strip_bytes(w);
+  const uint8_t* h = w.high + static_cast<size_t>(strip) * padded_columns(w) * 2;
+  const float middle = kKind == kCodebook ? 0.0f : static_cast<float>(1 << (w.kind - 1));
+  const Isa::Bytes none = {};
+  for (int g = 0; g < w.groups; g++) {
+    const size_t at = (static_cast<size_t>(strip) * w.groups + g) * kStrip;
+    const Isa::Floats scale = load_typed(w.scale, at, w.scale_type);
+    const Isa::Floats minus_zero =
+        Isa::mul(w.zero ? Isa::load_bytes(w.zero + at) : Isa::set(middle), Isa::set(-1.0f));
+    const int group = padded(group_columns(w, g));
+    for (int i = 0; i < group; i += Layout::kColumns) {
+      if (kKind == kCodebook) {
+        // Levels are float32: looked up one by one.
+        for (int j = 0; j < 64; j++) {
+          const int row = j / 4, even = j % 4;
+          panel[even * kStrip + row] = w.levels[p[j] & 15];
+          panel[(even + 4) * kStrip + row] = w.levels[p[j] >> 4];
+        }
+        for (int k = 0; k < 8; k++)
+          Isa::store(panel + k * kStrip, Isa::mul(Isa::load_floats(panel + k * kStrip), scale));
+      } else {
+        Layout::visit(p, h, none, none, [&](int quad, const Isa::Bytes& v, const Isa::Bytes&) {
+          float* out = panel + quad * 4 * kStrip;
+          Isa::store(out, Isa::mul(Isa::add(Isa::template byte<0>(v), minus_zero), scale));
+          Isa::store(out + 16, Isa::mul(Isa::add(Isa::template byte<1>(v), minus_zero), scale));
+          Isa::store(out + 32, Isa::mul(Isa::add(Isa::template byte<2>(v), minus_zero), scale));
+          Isa::store(out + 48, Isa::mul(Isa::add(Isa::template byte<3>(v), minus_zero), scale));
+        });
+      }
+      p += Layout::kBytes;
+      h += Layout::kHigh;
+      panel += Layout::kColumns * kStrip;
+    }
+  }
+}
+
+inline void decode_any(const Weight& w, int strip, float* panel) {
+  switch (w.kind) {
+    case kInt2: return decode_panel<kInt2>(w, strip, panel);
+    case kInt3: return decode_panel<kInt3>(w, strip, panel);
+    case kInt4: return decode_panel<kInt4>(w, strip, panel);
+    case kInt8: return decode_panel<kInt8>(w, strip, panel);
+    default: return decode_panel<kCodebook>(w, strip, panel);
+  }
+}
+
+inline void decode(const Weight& w, int strip, float* panel, float* out) {
+  decode_any(w, strip, panel);
+  for (int g = 0; g < w.groups; g++) {
+    const int columns = group_columns(w, g);
+    for (int k = 0; k < columns; k++)
+      for (int r = 0; r < kStrip; r++)
+        out[static_cast<size_t>(r) * w.columns + g * w.group + k] = panel[k * kStrip + r];
+    panel += static_cast<size_t>(padded(columns)) * kStrip;
+  }
+}
+
+template <int kTokens>
+void multiply_panel(const float* panel, const float* x, size_t x_stride, int columns, float* out,
+                    size_t out_stride) {
+  Isa::Floats sum[kTokens];
+  for (int m = 0; m < kTokens; m++) sum[m] = Isa::set(0.0f);
+  for (int k = 0; k < columns; k++) {
+    const Isa::Floats w = Isa::load_floats(panel + static_cast<size_t>(k) * kStrip);
+    for (int m = 0; m < kTokens; m++) sum[m] = Isa::fma(w, Isa::set(x[m * x_stride + k]), sum[m]);
+  }
+  for (int m = 0; m < kTokens; m++) Isa::store(out + m * out_stride, sum[m]);
+}
+
+inline void multiply_many(const Weight& w, const float* x, int tokens, int first, int last,
+                          float* panel, float* out, size_t out_stride) {
+  const int columns = padded_columns(w);
+  for (int strip = first; strip < last; strip++) {
+    decode_any(w, strip, panel);
+    float* at = out + strip * kStrip;
+    int m = 0;
+    for (; m + Isa::kTokensAtOnce <= tokens; m += Isa::kTokensAtOnce)
+      multiply_panel<Isa::kTokensAtOnce>(panel, x + static_cast<size_t>(m) * columns, columns,
+                                         columns, at + m * out_stride, out_stride);
+    for (; m < tokens; m++)
+      multiply_panel<1>(panel, x + static_cast<size_t>(m) * columns, columns, columns,
+                        at + m * out_stride, out_stride);
+  }
+}
+
+inline void narrow(const float* in, const float* bias, int count, int type, void* out) {
+  for (int i = 0; i < count; i++) {
+    const float value = bias ? in[i] + bias[i] : in[i];
+    if (type == kFloat32)
+      static_cast<float*>(out)[i] = value;
+    else if (type == kFloat16)
+      static_cast<uint16_t*>(out)[i] = float_to_half(value);
+    else
+      static_cast<uint16_t*>(out)[i] = float_to_bfloat(value);
+  }
+}
+
+}  // namespace LOWBIT_ISA
+
+inline Kernels kernels_of_this_isa() {
+  using namespace LOWBIT_ISA;
+  return {widen, quantize, multiply, multiply_many, decode, narrow};
+}
+
+}  // namespace lowbit

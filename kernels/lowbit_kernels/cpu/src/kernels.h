@@ -1,0 +1,37 @@
+// What one instruction set offers, behind function pointers: `api.cpp` picks a set at run time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "weight.h"
+
+namespace lowbit {
+
+struct Kernels {
+  // Rows of x of any type as float32 in the padded order of columns, [padded columns].
+  void (*widen)(const Weight& w, const void* x, int type, float* out);
+  // One token as integers; see Activations. `x` is what `widen` wrote.
+  void (*quantize)(const Weight& w, const float* x, int planes, int8_t* bytes, float* unit,
+                   float* sum_high, float* sum_low);
+  // Products of up to kMaxTokens tokens with the rows of strips first ... last - 1.
+  void (*multiply)(const Weight& w, const Activations& a, int tokens, int first, int last,
+                   float* out, size_t out_stride);
+  // The same for any number of float32 tokens [tokens][padded columns]; weights are decoded into
+  // `panel`, float32 [panel_floats(w)], once for all of them.
+  void (*multiply_many)(const Weight& w, const float* x, int tokens, int first, int last,
+                        float* panel, float* out, size_t out_stride);
+  // Rows of a strip as float32 [16][columns].
+  void (*decode)(const Weight& w, int strip, float* panel, float* out);
+  // Float32 as another type, with the bias added before rounding where there is one.
+  void (*narrow)(const float* in, const float* bias, int count, int type, void* out);
+};
+
+inline size_t panel_floats(const Weight& w) {
+  return static_cast<size_t>(padded_columns(w)) * kStrip;
+}
+
+const Kernels& avx512_kernels();
+const Kernels& avx2_kernels();
+const Kernels& portable_kernels();
+
+}  // namespace lowbit

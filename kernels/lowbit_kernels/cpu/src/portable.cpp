@@ -1,0 +1,8 @@
+#include "floats.h"
+
+namespace lowbit {
+const Kernels& portable_kernels() {
+  static const Kernels kernels = kernels_of_this_isa();
+  return kernels;
+}
+}  // namespace lowbit
