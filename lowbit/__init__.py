@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowbit.errors import LowbitError
     from lowbit.hf.config import LowbitConfig
     from lowbit.models.selection import Selection
-    from lowbit.nn import QuantEmbedding, QuantLinear
+    from lowbit.nn import QuantEmbedding, QuantLinear, prepare_model
     from lowbit.pipeline import quantize
     from lowbit.quant import QuantizedWeight
     from lowbit.scheme import Scheme
@@ -32,6 +32,7 @@ _HOME = {
     "Scheme": "lowbit.scheme",
     "Selection": "lowbit.models.selection",
     "make_algorithm": "lowbit.algorithms",
+    "prepare_model": "lowbit.nn",
     "quantize": "lowbit.pipeline",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "Selection",
     "__version__",
     "make_algorithm",
+    "prepare_model",
     "quantize",
 ]
 

@@ -2,7 +2,8 @@
 
 Each takes the stored tensors of one weight (see `quant/qweight.py`) and the scheme's string, is
 opaque to `torch.compile`, and asks `backends` who runs it. Backward needs the stored tensors only:
-no 16-bit weight outlives a forward pass.
+no 16-bit weight outlives a forward pass. The functions here also take a prepared weight, and then
+call the operator of the backend that prepared it.
 
 Shapes: `x_MK` activations with any leading dimensions, `w_NK` the weight.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit import backends
+from lowbit.backends import PreparedWeight
 from lowbit.errors import LowbitError
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
@@ -31,28 +33,53 @@ _library.define(
 )
 
 
-def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None = None
+) -> Tensor:
     """Returns `x w^T + bias`, `[..., out_features]` in x's dtype; differentiable in x and bias."""
+    if isinstance(weight, PreparedWeight):
+        _check_width(x, weight.shape[1])
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return weight.linear(x, bias)
     result: Tensor = torch.ops.lowbit.linear(
-        x, *_stored(qweight), bias, str(qweight.scheme), qweight.in_features
+        x, *_stored(weight), bias, str(weight.scheme), weight.in_features
     )
     return result
 
 
-def dequantize(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedWeight | PreparedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the weight `[out_features, in_features]` in `dtype`."""
+    if isinstance(weight, PreparedWeight):
+        return weight.dequantize(dtype)
     result: Tensor = torch.ops.lowbit.dequantize(
-        *_stored(qweight), str(qweight.scheme), qweight.in_features, dtype
+        *_stored(weight), str(weight.scheme), weight.in_features, dtype
     )
     return result
 
 
-def embedding(ids: Tensor, qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def embedding(ids: Tensor, weight: QuantizedWeight | PreparedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the rows `ids` of the weight, `[*ids.shape, in_features]` in `dtype`."""
+    if isinstance(weight, PreparedWeight):
+        if not torch.compiler.is_compiling():
+            _check_ids(ids)
+        return weight.dequantize_rows(ids.flatten(), dtype).view(*ids.shape, weight.shape[1])
     result: Tensor = torch.ops.lowbit.embedding(
-        ids, *_stored(qweight), str(qweight.scheme), qweight.in_features, dtype
+        ids, *_stored(weight), str(weight.scheme), weight.in_features, dtype
     )
     return result
+
+
+def _check_width(x: Tensor, in_features: int) -> None:
+    if x.shape[-1] != in_features:
+        raise LowbitError(
+            f"lowbit.linear: x is {list(x.shape)}, but the weight has {in_features} input features"
+        )
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
+        raise IndexError(f"embedding: id {int(ids.min())} is out of range")  # as nn.Embedding
 
 
 def _stored(qweight: QuantizedWeight) -> tuple[Tensor | None, ...]:
@@ -76,10 +103,7 @@ def _backend(x: Tensor, qweight: QuantizedWeight) -> backends.Backend:
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     *stored, bias, scheme, in_features = arguments
-    if x.shape[-1] != in_features:
-        raise LowbitError(
-            f"lowbit.linear: x is {list(x.shape)}, but the weight has {in_features} input features"
-        )
+    _check_width(x, in_features)
     qweight = _qweight(tuple(stored), scheme, in_features)
     return _backend(x, qweight).linear(x, qweight, bias)
 
@@ -97,8 +121,7 @@ def _dequantize(*arguments: Any) -> Tensor:
 
 def _embedding(ids: Tensor, *arguments: Any) -> Tensor:
     *stored, scheme, in_features, dtype = arguments
-    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
-        raise IndexError(f"embedding: id {int(ids.min())} is out of range")  # as nn.Embedding
+    _check_ids(ids)
     rows = _qweight(tuple(stored), scheme, in_features).dequantize_rows(ids.flatten(), dtype)
     return rows.view(*ids.shape, in_features)
 

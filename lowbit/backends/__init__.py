@@ -1,5 +1,8 @@
 """The priority list of backends: the first one that does not refuse a request runs it.
 
+A backend may want the weight in an order of its own (`prepare`). Then it runs prepared weights, and
+canonical tensors fall through to the next.
+
 A slower backend is never chosen silently where it matters: on CUDA, falling through to the
 reference is warned about once, with the reasons of all backends before it.
 """
@@ -9,12 +12,24 @@ from __future__ import annotations
 import functools
 import warnings
 
-from lowbit.backends.base import Backend, Request
+import torch
+
+from lowbit.backends.base import Backend, Joined, PreparedWeight, Request
 from lowbit.backends.dequantize import DequantizeBackend
 from lowbit.backends.triton import TritonBackend
 from lowbit.errors import LowbitError
+from lowbit.quant import QuantizedWeight
 
-__all__ = ["BACKENDS", "Backend", "Request", "explain", "select"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Joined",
+    "PreparedWeight",
+    "Request",
+    "explain",
+    "prepare",
+    "select",
+]
 
 BACKENDS: list[Backend] = [TritonBackend(), DequantizeBackend()]
 
@@ -47,6 +62,18 @@ def select(request: Request) -> Backend:
         f"{request.scheme} weight [{request.out_features}, {request.in_features}]: "
         + "; ".join(refusals)
     )
+
+
+def prepare(qweight: QuantizedWeight, dtype: torch.dtype) -> PreparedWeight | None:
+    """Returns `qweight` in the order of the backend that multiplies `dtype` activations by it.
+
+    None where that backend reads the canonical tensors, and where they could not be had back bit
+    for bit.
+    """
+    request = Request(qweight.scheme, qweight.packed.device, dtype, *qweight.shape, prepared=True)
+    if not qweight.padding_is_zero():
+        return None
+    return select(request).prepare(qweight)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.backends.base import Request
+from lowbit.backends.base import PreparedWeight, Request
 from lowbit.quant import QuantizedWeight
 
 
@@ -18,6 +18,10 @@ class DequantizeBackend:
         """Returns a reason for integer activations only."""
         if not request.dtype.is_floating_point:
             return f"activations are {request.dtype}, a float dtype is needed"
+        return None
+
+    def prepare(self, qweight: QuantizedWeight) -> PreparedWeight | None:
+        """Returns None: the canonical tensors are what is decoded."""
         return None
 
     def linear(self, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import importlib.util
 
 from torch import Tensor
 
-from lowbit.backends.base import Request
+from lowbit.backends.base import PreparedWeight, Request
 from lowbit.quant import QuantizedWeight
 
 
@@ -22,6 +22,10 @@ class TritonBackend:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; run `pip install triton`"
         return "this version of lowbit ships no Triton kernels"
+
+    def prepare(self, qweight: QuantizedWeight) -> PreparedWeight | None:
+        """Never called: `refusal` is never None."""
+        raise NotImplementedError
 
     def linear(self, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """Never called: `refusal` is never None."""

@@ -30,6 +30,7 @@ from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.hf.headers import check_full_precision, check_quantized
 from lowbit.models.selection import select_modules
+from lowbit.nn.prepared import prepare_model
 from lowbit.nn.replace import module_name, replace_modules, restore_modules, tied_head_name
 from lowbit.nn.stored import StoredWeight
 from lowbit.quant import QuantizedWeight
@@ -151,6 +152,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         _restore_scale_dtypes(model)
         _require_sound_scales(model)
+        prepare_model(model)
         return model
 
     def get_state_dict_and_metadata(

@@ -25,6 +25,7 @@ class QuantEmbedding(StoredWeight, nn.Embedding):  # type: ignore[override] # `w
     """
 
     plain_class = nn.Embedding
+    multiplies = False  # unless an output head shares the table
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class QuantEmbedding(StoredWeight, nn.Embedding):  # type: ignore[override] # `w
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns `[*ids.shape, embedding_dim]` in the compute dtype."""
-        rows = ops.embedding(ids, self.quantized_weight, self.compute_dtype)
+        rows = ops.embedding(ids, self.operand, self.compute_dtype)
         if self.scalar_embed_scale is None:
             return rows
         # Gemma rounds the factor to the dtype of the table first: 8.0 is exact, sqrt(2304) is not.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import ops
+from lowbit.backends import PreparedWeight
 from lowbit.errors import LowbitError
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.stored import StoredWeight
@@ -58,7 +59,7 @@ class QuantLinear(StoredWeight, nn.Linear):  # type: ignore[override] # `weight`
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., out_features]` in x's dtype for `x` `[..., in_features]`."""
-        return ops.linear(x, self.quantized_weight, self.bias)
+        return ops.linear(x, self.operand, self.bias)
 
     def extra_repr(self) -> str:
         """Returns sizes and scheme for `print(model)`."""
@@ -87,24 +88,38 @@ class TiedQuantLinear(QuantLinear):
         self._is_hf_initialized = True
         # In a tuple, so that it is not registered as a submodule.
         self._tied_to = (embedding,)
+        embedding.multiplies = True
         self.register_parameter("bias", bias)
 
     @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The embedding's stored tensors."""
-        return self._tied_to[0].quantized_weight
+    def operand(self) -> QuantizedWeight | PreparedWeight:
+        """The embedding's weight as it is held."""
+        return self._tied_to[0].operand
+
+    @property
+    def qweight(self) -> Tensor:
+        """The embedding's codes as they are held."""
+        return self._tied_to[0].qweight
+
+    def prepare(self) -> bool:
+        """Prepares the embedding's weight."""
+        return self._tied_to[0].prepare()
+
+    def restore(self) -> None:
+        """Goes back to the embedding's canonical tensors."""
+        self._tied_to[0].restore()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., out_features]` in x's dtype and on x's device."""
-        qweight = self.quantized_weight
-        if qweight.packed.is_meta and not x.is_meta:
+        device = self.qweight.device
+        if device.type == "meta" and not x.is_meta:
             raise LowbitError(
                 "the output head shares its weight with an embedding that is offloaded; give a "
                 "device_map that keeps the embedding on a device"
             )
-        bias = None if self.bias is None else self.bias.to(qweight.packed.device)
+        bias = None if self.bias is None else self.bias.to(device)
         # A split model may have the embedding elsewhere; hidden states are smaller than weights.
-        return ops.linear(x.to(qweight.packed.device), qweight, bias).to(x.device)
+        return ops.linear(x.to(device), self.operand, bias).to(x.device)
 
     def _names(self) -> tuple[str, ...]:
         return ()

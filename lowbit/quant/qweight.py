@@ -108,6 +108,17 @@ class QuantizedWeight:
             scale_step=tensors.get("weight_scale_step"),
         )
 
+    def padding_is_zero(self) -> bool:
+        """Returns True if no bit is set beyond the last code of a row, as `pack` leaves it.
+
+        Then `codes()`, packed again, are the same tensors bit for bit.
+        """
+        bits = self.scheme.bits
+        clean = _tail_is_zero(self.packed, self.in_features * bits)
+        if clean and self.zero_point is not None:
+            clean = _tail_is_zero(self.zero_point.T, self.shape[0] * bits)
+        return clean
+
     def codes(self) -> Tensor:
         """Returns the int8 codes `[out_features, in_features]`."""
         return unpack(self.packed, self.scheme.bits, self.in_features)
@@ -152,3 +163,10 @@ class QuantizedWeight:
         """Returns the weights of `rows` (int64 `[n]`) alone, `[n, in_features]` (embeddings)."""
         codes = unpack(self.packed[rows], self.scheme.bits, self.in_features)
         return self.grid(rows).dequantize(codes).to(dtype)
+
+
+def _tail_is_zero(words: Tensor, used_bits: int) -> bool:
+    """Returns True if the int32 rows `words` are zero beyond their first `used_bits` bits."""
+    in_last = used_bits % 32
+    # The mask of the unused bits is negative: it has the top bit.
+    return in_last == 0 or not bool((words[:, -1] & -(1 << in_last)).any())

@@ -1,0 +1,25 @@
+"""Preparing a model: every quantized weight in the order that the kernels of its device read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lowbit.nn.stored import StoredWeight
+
+
+def prepare_model(model: nn.Module) -> int:
+    """Rearranges the quantized weights of `model` for the backends that run them.
+
+    `from_pretrained` calls this, and moving a model to another type of device prepares it for that;
+    only modules put together by hand need it. One module is rearranged after the other, so the peak
+    is one weight above what the model takes. Offloaded modules, and devices whose backend reads the
+    canonical tensors, are left as they are. Call it again at any time.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        How many modules hold a prepared weight.
+    """
+    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
+    return sum([module.prepare() for module in stored])
