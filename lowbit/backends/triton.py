@@ -1,4 +1,7 @@
-"""The place of the Triton kernels in the priority list: not shipped yet, and it says so."""
+"""The Triton kernels of `lowbit_kernels`: NVIDIA and AMD GPUs, weights in fragment order.
+
+Triton is imported when the first weight on a GPU asks for it, not before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from lowbit.quant import QuantizedWeight
 
 
 class TritonBackend:
-    """Refuses everything, with the first true reason."""
+    """Runs prepared weights only: canonical tensors are not in an order that its kernels read."""
 
     name = "triton"
 
@@ -21,16 +24,33 @@ class TritonBackend:
             return f"runs on CUDA tensors only, these are on {request.device.type}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; run `pip install triton`"
-        return "this version of lowbit ships no Triton kernels"
+        from lowbit_kernels.gpu import support
 
-    def prepare(self, qweight: QuantizedWeight) -> PreparedWeight | None:
-        """Never called: `refusal` is never None."""
-        raise NotImplementedError
+        scheme = request.scheme
+        reason = support.refusal(
+            request.device,
+            request.dtype,
+            bits=scheme.bits,
+            codebook=scheme.levels,
+            group_size=scheme.group_size or 0,
+        )
+        if reason is None and not request.prepared:
+            return (
+                "the weight is not in the order of its kernels, because it is offloaded or was put "
+                "on the device by hand; keep it on the device and run lowbit.prepare_model(model)"
+            )
+        return reason
+
+    def prepare(self, qweight: QuantizedWeight) -> PreparedWeight:
+        """Returns the weight in fragment order."""
+        from lowbit.backends.fragment import FragmentPrepared
+
+        return FragmentPrepared.of(qweight)
 
     def linear(self, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        """Never called: `refusal` is never None."""
+        """Never called: canonical tensors are refused."""
         raise NotImplementedError
 
     def grad_input(self, grad: Tensor, qweight: QuantizedWeight) -> Tensor:
-        """Never called: `refusal` is never None."""
+        """Never called: canonical tensors are refused."""
         raise NotImplementedError
