@@ -5,6 +5,9 @@ The tests run on the GPU where there is one, and in Triton's interpreter on CPU 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import pytest
 import torch
 from lowbit_kernels.gpu.weight import Format, FragmentWeight
@@ -13,9 +16,16 @@ from lowbit.quant import Grid, QuantizedWeight
 from lowbit.scheme import Scheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 # The fused kernel multiplies float32 only where Triton interprets.
 needs_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="needs Triton's interpreter")
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def needs_gpu(test: Test) -> Test:
+    """Marks a test that runs on CUDA only."""
+    skip = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+    return cast(Test, pytest.mark.gpu(skip(test)))
 
 
 def random_qweight(scheme: Scheme | str, shape: tuple[int, int], seed: int) -> QuantizedWeight:
