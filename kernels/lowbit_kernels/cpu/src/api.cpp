@@ -77,8 +77,6 @@ Plan plan(const Weight& w, int tokens, int planes) {
   return p;
 }
 
-constexpr int kTokenBlock = 64;  // tokens whose activations are in the scratch at once
-
 }  // namespace
 }  // namespace lowbit
 
@@ -101,7 +99,7 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
                       int32_t planes, int32_t threads, int32_t isa) {
   const Weight& w = *weight;
   const Kernels& kernels = kernels_for(isa);
-  const int all_strips = strips(w), columns = padded_columns(w), parts = segments(w);
+  const int all_strips = strips(w), columns = padded_columns(w);
   const size_t out_stride = static_cast<size_t>(all_strips) * kStrip;
   bool failed = false;
   for (int start = 0; start < tokens; start += kTokenBlock) {
@@ -110,10 +108,12 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
     char* scratch = shared_scratch.get(at.total);
     if (!scratch) return 1;
     float* widened = reinterpret_cast<float*>(scratch + at.widened);
-    int8_t* bytes = reinterpret_cast<int8_t*>(scratch + at.bytes);
-    float* unit = reinterpret_cast<float*>(scratch + at.unit);
-    float* sum_high = reinterpret_cast<float*>(scratch + at.sum_high);
-    float* sum_low = reinterpret_cast<float*>(scratch + at.sum_low);
+    const Activations a = {planes,
+                           count,
+                           reinterpret_cast<int8_t*>(scratch + at.bytes),
+                           reinterpret_cast<float*>(scratch + at.unit),
+                           reinterpret_cast<float*>(scratch + at.sum_high),
+                           reinterpret_cast<float*>(scratch + at.sum_low)};
     float* sums = reinterpret_cast<float*>(scratch + at.out);
     const char* first = static_cast<const char*>(x) + start * x_stride * type_bytes(x_type);
     // A few strips at a time, so that a thread that is held up leaves work to the others.
@@ -124,10 +124,7 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
       for (int m = 0; m < count; m++) {
         float* row = widened + static_cast<size_t>(m) * columns;
         kernels.widen(w, first + m * x_stride * type_bytes(x_type), x_type, row);
-        const size_t part = static_cast<size_t>(m) * parts;
-        if (planes)
-          kernels.quantize(w, row, planes, bytes + static_cast<size_t>(m) * columns * planes,
-                           unit + part, sum_high + part, sum_low + part);
+        if (planes) kernels.quantize(w, row, m, a);
       }
       float* panel = nullptr;
       if (!planes) panel = reinterpret_cast<float*>(own_scratch.get(panel_floats(w) * 4));
@@ -142,15 +139,8 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
           if (panel) kernels.multiply_many(w, widened, count, strip, last, panel, sums, out_stride);
           continue;
         }
-        // The codes of a few strips stay in the cache while the tokens pass by.
-        for (int s = strip; s < last; s += 4)
-          for (int m = 0; m < count; m += kMaxTokens) {
-            const size_t part = static_cast<size_t>(m) * parts;
-            const Activations a = {planes, bytes + static_cast<size_t>(m) * columns * planes,
-                                   unit + part, sum_high + part, sum_low + part};
-            kernels.multiply(w, a, count - m < kMaxTokens ? count - m : kMaxTokens, s,
-                             s + 4 < last ? s + 4 : last, sums + m * out_stride, out_stride);
-          }
+        (count <= kMaxTokens ? kernels.multiply : kernels.multiply_block)(w, a, strip, last, sums,
+                                                                          out_stride);
       }
 #pragma omp for schedule(static)
       for (int m = 0; m < count; m++)

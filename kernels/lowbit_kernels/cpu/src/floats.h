@@ -1,6 +1,6 @@
 // Activations in and out of the kernels, and products in float32 for many tokens.
 #pragma once
-#include "product.h"
+#include "block.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -69,16 +69,18 @@ inline void quantize_segment(const float* x, int columns, int planes, int8_t* by
   }
 }
 
-inline void quantize(const Weight& w, const float* x, int planes, int8_t* bytes, float* unit,
-                     float* sum_high, float* sum_low) {
-  int index = 0;
+inline void quantize(const Weight& w, const float* x, int token, const Activations& a) {
+  int8_t* bytes = a.bytes;
+  size_t at = token;
   for (int g = 0; g < w.groups; g++) {
     const int group = padded(group_columns(w, g));
-    for (int start = 0; start < group; start += kSegment, index++) {
+    for (int start = 0; start < group; start += kSegment, at += a.tokens) {
       const int length = group - start < kSegment ? group - start : kSegment;
-      quantize_segment(x, length, planes, bytes, unit + index, sum_high + index, sum_low + index);
+      const size_t row = static_cast<size_t>(length) * a.planes;
+      quantize_segment(x, length, a.planes, bytes + token * row, a.unit + at, a.sum_high + at,
+                       a.sum_low + at);
       x += length;
-      bytes += static_cast<size_t>(length) * planes;
+      bytes += a.tokens * row;
     }
   }
 }
@@ -187,7 +189,7 @@ inline void narrow(const float* in, const float* bias, int count, int type, void
 
 inline Kernels kernels_of_this_isa() {
   using namespace LOWBIT_ISA;
-  return {widen, quantize, multiply, multiply_many, decode, narrow};
+  return {widen, quantize, multiply, multiply_block, multiply_many, decode, narrow};
 }
 
 }  // namespace lowbit

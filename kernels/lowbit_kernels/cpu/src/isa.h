@@ -19,6 +19,13 @@
 #define LOWBIT_ISA portable
 #endif
 
+// For the innermost loops: inlined into their callers, GCC keeps their sums in memory.
+#if defined(__GNUC__)
+#define LOWBIT_LOOP __attribute__((noinline))
+#else
+#define LOWBIT_LOOP
+#endif
+
 namespace lowbit {
 namespace LOWBIT_ISA {
 
@@ -77,9 +84,11 @@ struct Isa {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int kStripsAtOnce = 4, kTokensAtOnce = 14;
+  using Four = Bytes;
+  static constexpr int kStripsAtOnce = 4, kTokensAtOnce = 14, kBlockSums = 24;
 
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   // 16 bytes, looked up by `lookup`.
   static Bytes load_table(const uint8_t* p) {
@@ -94,11 +103,15 @@ struct Isa {
   }
   static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   static Ints zero() { return _mm512_setzero_si512(); }
-  // Adds the products of unsigned bytes with four signed bytes, lane by lane.
-  template <bool kNarrow> static Ints dot(Ints sum, Bytes w, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
+  // Four signed bytes in every lane.
+  static Bytes four(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, 4);
+    return _mm512_set1_epi32(bytes);
+  }
+  // Adds the products of unsigned bytes w (at most 15 where kNarrow) with signed bytes, by lane.
+  template <bool kNarrow> static Ints dot(Ints sum, Bytes w, Bytes x) {
+    return _mm512_dpbusd_epi32(sum, w, x);
   }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   // Byte `kByte` of every lane as a float.
@@ -129,12 +142,17 @@ struct Isa {
 struct Isa {
   struct Bytes { __m256i a, b; };
   using Ints = Bytes;
+  using Four = Bytes;
   struct Floats { __m256 a, b; };
-  static constexpr int kStripsAtOnce = 1, kTokensAtOnce = 6;
+  static constexpr int kStripsAtOnce = 1, kTokensAtOnce = 6, kBlockSums = 4;
 
   static Bytes load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static void store_bytes(uint8_t* p, Bytes v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v.b);
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static Bytes load_table(const uint8_t* p) {
@@ -168,12 +186,15 @@ struct Isa {
     sum = dot_narrow(sum, _mm256_and_si256(w, m), x, 1);
     return dot_narrow(sum, _mm256_and_si256(_mm256_srli_epi16(w, 4), m), x, 16);
   }
-  template <bool kNarrow> static Ints dot(Ints sum, Bytes w, const int8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    const __m256i x = _mm256_set1_epi32(four);
-    if (kNarrow) return {dot_narrow(sum.a, w.a, x, 1), dot_narrow(sum.b, w.b, x, 1)};
-    return {dot_wide(sum.a, w.a, x), dot_wide(sum.b, w.b, x)};
+  static Bytes four(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, 4);
+    const __m256i v = _mm256_set1_epi32(bytes);
+    return {v, v};
+  }
+  template <bool kNarrow> static Ints dot(Ints sum, Bytes w, Bytes x) {
+    if (kNarrow) return {dot_narrow(sum.a, w.a, x.a, 1), dot_narrow(sum.b, w.b, x.b, 1)};
+    return {dot_wide(sum.a, w.a, x.a), dot_wide(sum.b, w.b, x.b)};
   }
   static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   template <int kByte> static __m256 byte(__m256i v) {
@@ -224,13 +245,14 @@ struct Isa {
   struct Bytes { uint8_t v[64]; };
   struct Ints { int32_t v[16]; };
   struct Floats { float v[16]; };
-  static constexpr int kStripsAtOnce = 1, kTokensAtOnce = 4;
+  static constexpr int kStripsAtOnce = 1, kTokensAtOnce = 4, kBlockSums = 4;
 
   static Bytes load(const uint8_t* p) {
     Bytes r;
     std::memcpy(r.v, p, 64);
     return r;
   }
+  static void store_bytes(uint8_t* p, const Bytes& v) { std::memcpy(p, v.v, 64); }
   static void prefetch(const void*) {}
   static Bytes load_table(const uint8_t* p) {
     Bytes r;
@@ -258,10 +280,12 @@ struct Isa {
     return r;
   }
   static Ints zero() { return Ints{}; }
-  template <bool kNarrow> static Ints dot(Ints sum, const Bytes& w, const int8_t* x) {
+  struct Four { int8_t v[4]; };
+  static Four four(const int8_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
+  template <bool kNarrow> static Ints dot(Ints sum, const Bytes& w, const Four& x) {
     for (int r = 0; r < 16; r++)
-      sum.v[r] += w.v[4 * r] * x[0] + w.v[4 * r + 1] * x[1] + w.v[4 * r + 2] * x[2] +
-                  w.v[4 * r + 3] * x[3];
+      sum.v[r] += w.v[4 * r] * x.v[0] + w.v[4 * r + 1] * x.v[1] + w.v[4 * r + 2] * x.v[2] +
+                  w.v[4 * r + 3] * x.v[3];
     return sum;
   }
   template <class F> static Floats each(F f) {

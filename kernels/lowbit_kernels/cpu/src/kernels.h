@@ -10,12 +10,14 @@ namespace lowbit {
 struct Kernels {
   // Rows of x of any type as float32 in the padded order of columns, [padded columns].
   void (*widen)(const Weight& w, const void* x, int type, float* out);
-  // One token as integers; see Activations. `x` is what `widen` wrote.
-  void (*quantize)(const Weight& w, const float* x, int planes, int8_t* bytes, float* unit,
-                   float* sum_high, float* sum_low);
+  // One token as integers. `x` is what `widen` wrote.
+  void (*quantize)(const Weight& w, const float* x, int token, const Activations& a);
   // Products of up to kMaxTokens tokens with the rows of strips first ... last - 1.
-  void (*multiply)(const Weight& w, const Activations& a, int tokens, int first, int last,
-                   float* out, size_t out_stride);
+  void (*multiply)(const Weight& w, const Activations& a, int first, int last, float* out,
+                   size_t out_stride);
+  // The same for up to kTokenBlock tokens.
+  void (*multiply_block)(const Weight& w, const Activations& a, int first, int last, float* out,
+                         size_t out_stride);
   // The same for any number of float32 tokens [tokens][padded columns]; weights are decoded into
   // `panel`, float32 [panel_floats(w)], once for all of them.
   void (*multiply_many)(const Weight& w, const float* x, int tokens, int first, int last,

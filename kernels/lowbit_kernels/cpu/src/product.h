@@ -93,14 +93,15 @@ struct Sums {
 };
 
 template <int kKind, int kPlanes, int kTokens, int kStrips>
-inline void segment_sums(const uint8_t* const* codes, const uint8_t* const* high, int columns,
+LOWBIT_LOOP void segment_sums(const uint8_t* const* codes, const uint8_t* const* high, int columns,
                          const int8_t* x, size_t x_stride, const Isa::Bytes& table_high,
                          const Isa::Bytes& table_low, Sums<kKind, kPlanes, kTokens, kStrips>& sums) {
   using Layout = Codes<kKind>;
   constexpr bool kNarrow = kKind != kInt8 && kKind != kCodebook;
+  Isa::Ints v[kStrips][kTokens][kPlanes];
   for (int n = 0; n < kStrips; n++)
     for (int m = 0; m < kTokens; m++)
-      for (int p = 0; p < kPlanes; p++) sums.v[n][m][p] = Isa::zero();
+      for (int p = 0; p < kPlanes; p++) v[n][m][p] = Isa::zero();
   const int steps = columns / Layout::kColumns;
   for (int i = 0; i < steps; i++) {
     const int8_t* xi = x + static_cast<size_t>(i) * Layout::kColumns * kPlanes;
@@ -111,29 +112,70 @@ inline void segment_sums(const uint8_t* const* codes, const uint8_t* const* high
       Layout::visit(p, h, table_high, table_low,
                     [&](int quad, const Isa::Bytes& w, const Isa::Bytes& w_low) {
                       for (int m = 0; m < kTokens; m++) {
-                        const int8_t* four = xi + m * x_stride + quad * 4 * kPlanes;
-                        Isa::Ints* sum = sums.v[n][m];
-                        sum[0] = Isa::template dot<kNarrow>(sum[0], w, four);
+                        const int8_t* at = xi + m * x_stride + quad * 4 * kPlanes;
+                        const Isa::Four x_high = Isa::four(at);
+                        Isa::Ints* sum = v[n][m];
+                        sum[0] = Isa::template dot<kNarrow>(sum[0], w, x_high);
                         if (kPlanes == 2) {
+                          const Isa::Four x_low = Isa::four(at + 4);
                           sum[kPlanes - 1] =
-                              Isa::template dot<kNarrow>(sum[kPlanes - 1], w, four + 4);
+                              Isa::template dot<kNarrow>(sum[kPlanes - 1], w, x_low);
                           if (kKind == kCodebook)
                             sum[kPlanes - 1] =
-                                Isa::template dot<kNarrow>(sum[kPlanes - 1], w_low, four);
+                                Isa::template dot<kNarrow>(sum[kPlanes - 1], w_low, x_high);
                         }
                       }
                     });
     }
   }
+  for (int n = 0; n < kStrips; n++)
+    for (int m = 0; m < kTokens; m++)
+      for (int p = 0; p < kPlanes; p++) sums.v[n][m][p] = v[n][m][p];
+}
+
+// What one token's sums of one segment are multiplied with, and with which the zero points are.
+struct SegmentUnit {
+  float unit, bias;
+};
+
+template <int kKind, int kPlanes>
+inline SegmentUnit segment_unit(const Weight& w, const Activations& a, size_t at) {
+  const float sum_high = a.sum_high[at];
+  float bias = sum_high, unit = a.unit[at];
+  if (kPlanes == 2) bias = kRadix * sum_high + a.sum_low[at];
+  if (kKind == kCodebook) {
+    // Both bytes of a value are 128 too large, and the low one meets the high byte of x.
+    if (kPlanes == 2) bias += sum_high;
+    unit *= w.table_unit * kRadix;
+  }
+  return {unit, bias};
+}
+
+template <int kPlanes>
+inline Isa::Floats scaled_sum(const Isa::Ints* sums, const SegmentUnit& part,
+                              const Isa::Floats& scale, const Isa::Floats& zero,
+                              const Isa::Floats& before) {
+  Isa::Floats sum = Isa::to_float(sums[0]);
+  if (kPlanes == 2)
+    sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums[kPlanes - 1]));
+  sum = Isa::fma(zero, Isa::set(-part.bias), sum);
+  return Isa::fma(Isa::mul(scale, Isa::set(part.unit)), sum, before);
+}
+
+template <int kKind>
+inline void load_scale(const Weight& w, int strip, int group, Isa::Floats& scale,
+                       Isa::Floats& zero) {
+  const size_t at = (static_cast<size_t>(strip) * w.groups + group) * kStrip;
+  scale = load_typed(w.scale, at, w.scale_type);
+  const float middle = kKind == kCodebook ? 128.0f : static_cast<float>(1 << (w.kind - 1));
+  zero = kKind != kCodebook && w.zero ? Isa::load_bytes(w.zero + at) : Isa::set(middle);
 }
 
 template <int kKind, int kPlanes, int kTokens, int kStrips>
 void multiply_strips(const Weight& w, const Activations& a, int strip, float* out,
                      size_t out_stride) {
   using Layout = Codes<kKind>;
-  const int columns = padded_columns(w), all_segments = segments(w);
-  const size_t bytes = strip_bytes(w), high_bytes = static_cast<size_t>(columns) * 2;
-  const size_t x_stride = static_cast<size_t>(columns) * kPlanes;
+  const size_t bytes = strip_bytes(w), high_bytes = static_cast<size_t>(padded_columns(w)) * 2;
   const uint8_t* codes[kStrips];
   const uint8_t* high[kStrips] = {};
   for (int n = 0; n < kStrips; n++) {
@@ -145,7 +187,6 @@ void multiply_strips(const Weight& w, const Activations& a, int strip, float* ou
     table_high = Isa::load_table(w.table);
     table_low = Isa::load_table(w.table + 16);
   }
-  const float middle = kKind == kCodebook ? 128.0f : static_cast<float>(1 << (w.kind - 1));
   Isa::Floats result[kStrips][kTokens];
   for (int n = 0; n < kStrips; n++)
     for (int m = 0; m < kTokens; m++) result[n][m] = Isa::set(0.0f);
@@ -153,37 +194,24 @@ void multiply_strips(const Weight& w, const Activations& a, int strip, float* ou
   int index = 0;  // of the segment
   for (int g = 0; g < w.groups; g++) {
     Isa::Floats scale[kStrips], zero[kStrips];
-    for (int n = 0; n < kStrips; n++) {
-      const size_t at = (static_cast<size_t>(strip + n) * w.groups + g) * kStrip;
-      scale[n] = load_typed(w.scale, at, w.scale_type);
-      zero[n] = kKind != kCodebook && w.zero ? Isa::load_bytes(w.zero + at) : Isa::set(middle);
-    }
+    for (int n = 0; n < kStrips; n++) load_scale<kKind>(w, strip + n, g, scale[n], zero[n]);
     const int group = padded(group_columns(w, g));
     for (int start = 0; start < group; start += kSegment, index++) {
       const int length = group - start < kSegment ? group - start : kSegment;
       Sums<kKind, kPlanes, kTokens, kStrips> sums;
-      segment_sums<kKind, kPlanes, kTokens, kStrips>(codes, high, length, x, x_stride, table_high,
+      segment_sums<kKind, kPlanes, kTokens, kStrips>(codes, high, length, x,
+                                                     length * kPlanes, table_high,
                                                      table_low, sums);
       for (int n = 0; n < kStrips; n++) {
         codes[n] += static_cast<size_t>(length) / Layout::kColumns * Layout::kBytes;
         if (Layout::kHigh) high[n] += static_cast<size_t>(length) / Layout::kColumns * Layout::kHigh;
       }
-      x += static_cast<size_t>(length) * kPlanes;
+      x += static_cast<size_t>(length) * kPlanes * kTokens;
       for (int m = 0; m < kTokens; m++) {
-        const size_t at = static_cast<size_t>(m) * all_segments + index;
-        const float sum_high = a.sum_high[at], sum_low = kPlanes == 2 ? a.sum_low[at] : 0.0f;
-        // What the zero point is multiplied with; a codebook's bytes are both 128 too large.
-        const float bias = kKind == kCodebook
-                               ? (kPlanes == 2 ? kRadix * sum_high + sum_low + sum_high : sum_high)
-                               : (kPlanes == 2 ? kRadix * sum_high + sum_low : sum_high);
-        const float unit = a.unit[at] * (kKind == kCodebook ? w.table_unit * kRadix : 1.0f);
-        for (int n = 0; n < kStrips; n++) {
-          Isa::Floats sum = Isa::to_float(sums.v[n][m][0]);
-          if (kPlanes == 2)
-            sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums.v[n][m][kPlanes - 1]));
-          sum = Isa::fma(zero[n], Isa::set(-bias), sum);
-          result[n][m] = Isa::fma(Isa::mul(scale[n], Isa::set(unit)), sum, result[n][m]);
-        }
+        const size_t at = static_cast<size_t>(index) * kTokens + m;
+        const SegmentUnit part = segment_unit<kKind, kPlanes>(w, a, at);
+        for (int n = 0; n < kStrips; n++)
+          result[n][m] = scaled_sum<kPlanes>(sums.v[n][m], part, scale[n], zero[n], result[n][m]);
       }
     }
   }
@@ -196,7 +224,7 @@ template <int kKind, int kPlanes, int kTokens>
 void multiply_range(const Weight& w, const Activations& a, int first, int last, float* out,
                     size_t out_stride) {
   // Registers hold the sums of this many strips.
-  constexpr int kStrips = kTokens <= 2 ? Isa::kStripsAtOnce : (Isa::kStripsAtOnce + 1) / 2;
+  constexpr int kStrips = Isa::kStripsAtOnce / kTokens > 1 ? Isa::kStripsAtOnce / kTokens : 1;
   int strip = first;
   for (; strip + kStrips <= last; strip += kStrips)
     multiply_strips<kKind, kPlanes, kTokens, kStrips>(w, a, strip, out + strip * kStrip, out_stride);
@@ -205,9 +233,9 @@ void multiply_range(const Weight& w, const Activations& a, int first, int last, 
 }
 
 template <int kKind, int kPlanes>
-void multiply_tokens(const Weight& w, const Activations& a, int tokens, int first, int last,
+void multiply_tokens(const Weight& w, const Activations& a, int first, int last,
                      float* out, size_t out_stride) {
-  switch (tokens) {
+  switch (a.tokens) {
     case 1: return multiply_range<kKind, kPlanes, 1>(w, a, first, last, out, out_stride);
     case 2: return multiply_range<kKind, kPlanes, 2>(w, a, first, last, out, out_stride);
     case 3: return multiply_range<kKind, kPlanes, 3>(w, a, first, last, out, out_stride);
@@ -216,22 +244,22 @@ void multiply_tokens(const Weight& w, const Activations& a, int tokens, int firs
 }
 
 template <int kKind>
-void multiply_planes(const Weight& w, const Activations& a, int tokens, int first, int last,
+void multiply_planes(const Weight& w, const Activations& a, int first, int last,
                      float* out, size_t out_stride) {
   if (a.planes == 2)
-    multiply_tokens<kKind, 2>(w, a, tokens, first, last, out, out_stride);
+    multiply_tokens<kKind, 2>(w, a, first, last, out, out_stride);
   else
-    multiply_tokens<kKind, 1>(w, a, tokens, first, last, out, out_stride);
+    multiply_tokens<kKind, 1>(w, a, first, last, out, out_stride);
 }
 
-inline void multiply(const Weight& w, const Activations& a, int tokens, int first, int last,
+inline void multiply(const Weight& w, const Activations& a, int first, int last,
                      float* out, size_t out_stride) {
   switch (w.kind) {
-    case kInt2: return multiply_planes<kInt2>(w, a, tokens, first, last, out, out_stride);
-    case kInt3: return multiply_planes<kInt3>(w, a, tokens, first, last, out, out_stride);
-    case kInt4: return multiply_planes<kInt4>(w, a, tokens, first, last, out, out_stride);
-    case kInt8: return multiply_planes<kInt8>(w, a, tokens, first, last, out, out_stride);
-    default: return multiply_planes<kCodebook>(w, a, tokens, first, last, out, out_stride);
+    case kInt2: return multiply_planes<kInt2>(w, a, first, last, out, out_stride);
+    case kInt3: return multiply_planes<kInt3>(w, a, first, last, out, out_stride);
+    case kInt4: return multiply_planes<kInt4>(w, a, first, last, out, out_stride);
+    case kInt8: return multiply_planes<kInt8>(w, a, first, last, out, out_stride);
+    default: return multiply_planes<kCodebook>(w, a, first, last, out, out_stride);
   }
 }
 

@@ -24,7 +24,8 @@ enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 constexpr int kStrip = 16;      // rows of a strip
 constexpr int kPad = 32;        // groups are padded to multiples of this many columns
 constexpr int kSegment = 256;   // columns whose products are summed as integers
-constexpr int kMaxTokens = 4;   // tokens that one pass over the weight multiplies
+constexpr int kMaxTokens = 4;   // tokens that one pass over packed codes multiplies
+constexpr int kTokenBlock = 64; // tokens whose activations are prepared at once
 
 // The radix of a number in two bytes: value = 254 * high + low, both in -127 ... 127. With 256 the
 // low byte could be -128, whose product with itself does not fit the 16-bit sums of AVX2.
@@ -65,13 +66,17 @@ inline size_t strip_bytes(const Weight& w) {
   return static_cast<size_t>(padded_columns(w)) * code_bits(w) / 8 * kStrip;
 }
 
-// Activations as integers: per segment one scale, `planes` bytes per value, high byte first.
+// Activations as integers: per token and segment one scale, `planes` bytes per value, high first.
+//
+// Segments come first and tokens second: what is multiplied together lies together. (A row of x per
+// token would be a power of two apart, and all of them in the same few sets of the cache.)
 struct Activations {
   int planes;
-  const int8_t* bytes;        // [tokens][padded columns / 4][planes][4]
-  const float* unit;          // [tokens][segments]: value = unit * integer
-  const float* sum_high;      // [tokens][segments]: sums of the bytes
-  const float* sum_low;
+  int tokens;
+  int8_t* bytes;      // [segments][tokens][columns of the segment / 4][planes][4]
+  float* unit;        // [segments][tokens]: value = unit * integer
+  float* sum_high;    // [segments][tokens]: sums of the bytes
+  float* sum_low;
 };
 
 }  // namespace lowbit
