@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from lowbit.cli.bench import bench_command
 from lowbit.cli.eval import eval_command
 from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
+app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 
 

@@ -95,6 +95,9 @@ def _generate(
             top_p=1.0,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            # A growing cache is copied for every token. On a GPU transformers compiles the model
+            # for a static one, and the first token would wait for that.
+            cache_implementation="static" if model.device.type == "cpu" else None,
         )
 
 
