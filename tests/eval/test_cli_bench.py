@@ -73,10 +73,18 @@ def test_both_models_are_measured_in_turns(base: Path) -> None:
     assert alone.step_ratio == {}
 
 
+def bench(path: Path, *arguments: str) -> int:
+    """Runs `lowbit bench` in this process and returns its exit status."""
+    with pytest.raises(SystemExit) as leaving:
+        main(["bench", str(path), *arguments])
+    assert isinstance(leaving.value.code, int)
+    return leaving.value.code
+
+
 def test_json_holds_both_and_the_memory(
     quantized: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["bench", str(quantized), "--json", *SMALL])
+    assert bench(quantized, "--json", *SMALL) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["quantized"]["decode_tokens_per_second"] > 0
     assert result["baseline"]["prefill_tokens_per_second"] > 0
