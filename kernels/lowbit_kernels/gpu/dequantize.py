@@ -92,7 +92,8 @@ def tile_group(group_size: int, columns: int) -> int:
 def dequantize_into(weight: FragmentWeight, out: Tensor) -> Tensor:
     """Writes the weight into `out` `[N, K]`, contiguous, fp16, bf16 or fp32, and returns it."""
     size, form = (weight.out_features, weight.in_features), weight.format
-    group_size = form.group_size or weight.in_features
+    # One scale per row: the kernel is the same for every K.
+    group_size = BLOCK_K if weight.scale.shape[0] == 1 else form.group_size
     coded = weight.scale.dtype == torch.uint8
     dequantize_kernel[(triton.cdiv(size[0], BLOCK_N), triton.cdiv(size[1], BLOCK_K))](
         weight.words,
@@ -109,7 +110,7 @@ def dequantize_into(weight: FragmentWeight, out: Tensor) -> Tensor:
         weight.scale.stride(0),
         BITS=form.bits,
         GROUP=group_size,
-        TILE_GROUP=BLOCK_K if weight.scale.shape[0] == 1 else tile_group(group_size, BLOCK_K),
+        TILE_GROUP=tile_group(group_size, BLOCK_K),
         SCALE_DTYPE=TRITON_DTYPES[form.torch_scale_dtype],
         SIGNED=form.signed_scales,
         BLOCK_N=BLOCK_N,
