@@ -190,6 +190,32 @@ def test_the_tiles_of_the_table_are_those_that_run(
         assert ran == ([] if tile is None else [tile])
 
 
+def test_kernels_are_launched_on_the_device_of_the_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers of a model on several GPUs are called without changing the current device."""
+    entered: list[Any] = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    other = torch.device("meta")
+    operator = support.on_device_of_first(lambda x, y: entered.append("runs") or x + y)
+    assert operator(torch.ones(2, device=other), 1).device == other
+    assert entered == [other, "runs", None]
+    entered.clear()
+    assert operator(torch.ones(2), 1).tolist() == [2, 2]
+    assert entered == ["runs"]
+
+
 GOOD: dict[str, Any] = {"bits": 4, "codebook": None, "group_size": 64}
 
 

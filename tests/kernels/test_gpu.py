@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fragment_weights import random_fragment
+from fragment_weights import fragment, random_fragment, random_qweight
 from lowbit_kernels.gpu import matmul
 from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.matmul import dequantize, grad_input, linear, run_fused
@@ -286,3 +286,17 @@ def test_weights_of_more_than_two_billion_words(bits: int, seed: int) -> None:
         plain = F.linear(x, decoded[start : start + 128])
         error = (product[:, start : start + 128] - exact).abs().max()
         assert error <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rows", [4, 1024])
+def test_a_weight_on_another_gpu_than_the_current_one(rows: int, seed: int) -> None:
+    qweight = random_qweight("W4A16_ASYM_G64", (256, 512), seed)
+    x = activations(rows, 512, torch.bfloat16, seed)
+    here, there = (fragment(qweight, device) for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    found = linear(x.to("cuda:1"), there)
+    assert found.device.index == 1
+    assert torch.equal(found.to("cuda:0"), linear(x, here))
+    decoded = dequantize(there, torch.bfloat16)
+    assert torch.equal(decoded.to("cuda:0"), dequantize(here, torch.bfloat16))

@@ -25,6 +25,7 @@ from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_into, tile_group
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
+from lowbit_kernels.gpu.support import on_device_of_first
 from lowbit_kernels.gpu.weight import CHUNK, Format, FragmentWeight
 
 _STORED = (
@@ -289,7 +290,7 @@ for _name, _kernel, _fake in (
     ("linear_grad_input", _linear_grad_input, _linear_grad_input_fake),
     ("dequantize", _dequantize, _dequantize_fake),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, on_device_of_first(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit_kernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "lowbit_kernels::linear", _linear_backward, setup_context=_save_for_backward, lib=_library

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_GROUP_SIZE = 8
@@ -53,3 +55,20 @@ def _device_refusal(index: int) -> str | None:
             "tensor cores"
         )
     return None
+
+
+def on_device_of_first(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `operator`, run with the device of its first argument, a tensor, as the current one.
+
+    Triton launches on the current device, and a model that is spread over several GPUs calls layers
+    of all of them without changing it.
+    """
+
+    @functools.wraps(operator)
+    def run(first: Tensor, *rest: Any) -> Tensor:
+        if first.device.type == "cpu":
+            return operator(first, *rest)
+        with torch.cuda.device(first.device):
+            return operator(first, *rest)
+
+    return run
