@@ -161,21 +161,18 @@ int32_t lowbit_decode(const Weight* weight, void* out, int32_t out_type, int32_t
   bool failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const size_t row_bytes = w.columns * type_bytes(out_type);
-    const size_t panel_bytes = rounded_up(panel_floats(w) * sizeof(float));
-    char* scratch = own_scratch.get(panel_bytes + sizeof(float) * w.columns * kStrip);
-    if (!scratch) {
+    const size_t strip_size = kStrip * w.columns * type_bytes(out_type);
+    float* panel = reinterpret_cast<float*>(own_scratch.get(panel_floats(w) * sizeof(float)));
+    if (!panel) {
 #pragma omp atomic write
       failed = true;
     }
 #pragma omp for schedule(static)
     for (int strip = 0; strip < strips(w); strip++) {
-      if (!scratch) continue;
-      float* rows = reinterpret_cast<float*>(scratch + panel_bytes);
-      kernels.decode(w, strip, reinterpret_cast<float*>(scratch), rows);
-      for (int r = 0; r < kStrip && strip * kStrip + r < w.rows; r++)
-        kernels.narrow(rows + static_cast<size_t>(r) * w.columns, nullptr, w.columns, out_type,
-                       static_cast<char*>(out) + (strip * kStrip + r) * row_bytes);
+      const int left = w.rows - strip * kStrip;
+      if (panel)
+        kernels.decode(w, strip, left < kStrip ? left : kStrip, panel,
+                       static_cast<char*>(out) + strip * strip_size, out_type);
     }
   }
   return failed ? 1 : 0;

@@ -134,13 +134,21 @@ inline void decode_any(const Weight& w, int strip, float* panel) {
   }
 }
 
-inline void decode(const Weight& w, int strip, float* panel, float* out) {
+// Rows of a strip from its panel, `rows` of them, into out [rows][columns].
+inline void decode(const Weight& w, int strip, int rows, float* panel, void* out, int type) {
   decode_any(w, strip, panel);
   for (int g = 0; g < w.groups; g++) {
     const int columns = group_columns(w, g);
-    for (int k = 0; k < columns; k++)
-      for (int r = 0; r < kStrip; r++)
-        out[static_cast<size_t>(r) * w.columns + g * w.group + k] = panel[k * kStrip + r];
+    for (int k = 0; k < columns; k += 16) {
+      // Groups are padded to 32 columns, so that reading 16 is always right.
+      Isa::Floats block[16];
+      for (int i = 0; i < 16; i++) block[i] = Isa::load_floats(panel + (k + i) * kStrip);
+      Isa::transpose(block);
+      const int count = columns - k < 16 ? columns - k : 16;
+      for (int r = 0; r < rows; r++)
+        store_some(out, static_cast<size_t>(r) * w.columns + static_cast<size_t>(g) * w.group + k,
+                   type, block[r], count);
+    }
     panel += static_cast<size_t>(padded(columns)) * kStrip;
   }
 }
@@ -174,14 +182,17 @@ inline void multiply_many(const Weight& w, const float* x, int tokens, int first
 }
 
 inline void narrow(const float* in, const float* bias, int count, int type, void* out) {
-  for (int i = 0; i < count; i++) {
-    const float value = bias ? in[i] + bias[i] : in[i];
-    if (type == kFloat32)
-      static_cast<float*>(out)[i] = value;
-    else if (type == kFloat16)
-      static_cast<uint16_t*>(out)[i] = float_to_half(value);
-    else
-      static_cast<uint16_t*>(out)[i] = float_to_bfloat(value);
+  for (int i = 0; i < count; i += 16) {
+    const int lanes = count - i < 16 ? count - i : 16;
+    Isa::Floats v = Isa::load_floats(in + i);  // sums are padded to whole strips
+    if (bias && lanes == 16) {
+      v = Isa::add(v, Isa::load_floats(bias + i));
+    } else if (bias) {
+      float rest[16] = {};
+      std::memcpy(rest, bias + i, sizeof(float) * lanes);
+      v = Isa::add(v, Isa::load_floats(rest));
+    }
+    store_some(out, i, type, v, lanes);
   }
 }
 

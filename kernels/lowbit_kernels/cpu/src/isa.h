@@ -124,6 +124,45 @@ struct Isa {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static void store_half(uint16_t* p, Floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_bfloat(uint16_t* p, Floats v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  // Lane j of v[i] becomes lane i of v[j].
+  static void transpose(Floats* v) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; j++) {
+        const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+        v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD);
+      t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+      v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+      v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+      v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+      v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+  }
   static Floats load_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -219,6 +258,33 @@ struct Isa {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
   }
+  static void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static void store_half(uint16_t* p, Floats v) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    store16(p, _mm256_cvtps_ph(v.a, kNearest));
+    store16(p + 8, _mm256_cvtps_ph(v.b, kNearest));
+  }
+  static __m256i bfloat_bits(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  }
+  static void store_bfloat(uint16_t* p, Floats v) {
+    // Packing works on halves of 128 bits, so the middle quarters change places.
+    const __m256i packed = _mm256_packus_epi32(bfloat_bits(v.a), bfloat_bits(v.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+  }
+  static void transpose(Floats* v) {
+    alignas(32) float in[16][16], out[16][16];
+    for (int i = 0; i < 16; i++) store(in[i], v[i]);
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 16; j++) out[j][i] = in[i][j];
+    for (int i = 0; i < 16; i++) v[i] = load_floats(out[i]);
+  }
   static __m128i load16(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));
   }
@@ -313,6 +379,20 @@ struct Isa {
     return each([=](int i) { return p[i]; });
   }
   static void store(float* p, const Floats& v) { std::memcpy(p, v.v, sizeof v.v); }
+  static void store_half(uint16_t* p, const Floats& v) {
+    for (int i = 0; i < 16; i++) p[i] = float_to_half(v.v[i]);
+  }
+  static void store_bfloat(uint16_t* p, const Floats& v) {
+    for (int i = 0; i < 16; i++) p[i] = float_to_bfloat(v.v[i]);
+  }
+  static void transpose(Floats* v) {
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < i; j++) {
+        const float t = v[i].v[j];
+        v[i].v[j] = v[j].v[i];
+        v[j].v[i] = t;
+      }
+  }
   static Floats load_bytes(const uint8_t* p) {
     return each([=](int i) { return static_cast<float>(p[i]); });
   }
@@ -330,6 +410,29 @@ inline Isa::Floats load_typed(const void* p, size_t index, int type) {
   if (type == kFloat16) return Isa::load_halves(static_cast<const uint16_t*>(p) + index);
   if (type == kBFloat16) return Isa::load_bfloats(static_cast<const uint16_t*>(p) + index);
   return Isa::load_floats(static_cast<const float*>(p) + index);
+}
+
+inline void store_typed(void* p, size_t index, int type, const Isa::Floats& v) {
+  if (type == kFloat16)
+    Isa::store_half(static_cast<uint16_t*>(p) + index, v);
+  else if (type == kBFloat16)
+    Isa::store_bfloat(static_cast<uint16_t*>(p) + index, v);
+  else
+    Isa::store(static_cast<float*>(p) + index, v);
+}
+// The first `count` lanes, at most 16.
+inline void store_some(void* p, size_t index, int type, const Isa::Floats& v, int count) {
+  if (count == 16) return store_typed(p, index, type, v);
+  float lanes[16];
+  Isa::store(lanes, v);
+  for (int i = 0; i < count; i++) {
+    if (type == kFloat16)
+      static_cast<uint16_t*>(p)[index + i] = float_to_half(lanes[i]);
+    else if (type == kBFloat16)
+      static_cast<uint16_t*>(p)[index + i] = float_to_bfloat(lanes[i]);
+    else
+      static_cast<float*>(p)[index + i] = lanes[i];
+  }
 }
 
 }  // namespace LOWBIT_ISA

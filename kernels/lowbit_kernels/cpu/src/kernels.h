@@ -22,9 +22,10 @@ struct Kernels {
   // `panel`, float32 [panel_floats(w)], once for all of them.
   void (*multiply_many)(const Weight& w, const float* x, int tokens, int first, int last,
                         float* panel, float* out, size_t out_stride);
-  // Rows of a strip as float32 [16][columns].
-  void (*decode)(const Weight& w, int strip, float* panel, float* out);
-  // Float32 as another type, with the bias added before rounding where there is one.
+  // The first `rows` rows of a strip as `type` [rows][columns].
+  void (*decode)(const Weight& w, int strip, int rows, float* panel, void* out, int type);
+  // Float32 sums as another type, with the bias added before rounding where there is one; `in` may
+  // be read up to a multiple of 16.
   void (*narrow)(const float* in, const float* bias, int count, int type, void* out);
 };
 
