@@ -1,9 +1,9 @@
 """The operators: `torch.ops.lowbit.linear`, `linear_grad_input`, `dequantize`, `embedding`.
 
-Each takes the stored tensors of one weight (see `quant/qweight.py`) and the scheme's string, is
-opaque to `torch.compile`, and asks `backends` who runs it. Backward needs the stored tensors only:
-no 16-bit weight outlives a forward pass. The functions here also take a prepared weight, and then
-call the operator of the backend that prepared it.
+Each of these takes the stored tensors of one weight (see `quant/qweight.py`) and the scheme's
+string, is opaque to `torch.compile`, and asks `backends` who runs it. Backward needs the stored
+tensors only: no 16-bit weight outlives a forward pass. The functions here also take a prepared
+weight, and then call the operator of the backend that prepared it.
 
 Shapes: `x_MK` activations with any leading dimensions, `w_NK` the weight.
 """
@@ -31,6 +31,7 @@ _library.define(f"dequantize({_STORED}, str scheme, int in_features, ScalarType 
 _library.define(
     f"embedding(Tensor ids, {_STORED}, str scheme, int in_features, ScalarType dtype) -> Tensor"
 )
+_library.define("version_probe(Tensor x) -> Tensor")
 
 
 def linear(
@@ -67,6 +68,17 @@ def embedding(ids: Tensor, weight: QuantizedWeight | PreparedWeight, dtype: torc
     result: Tensor = torch.ops.lowbit.embedding(
         ids, *_stored(weight), str(weight.scheme), weight.in_features, dtype
     )
+    return result
+
+
+def version_probe(x: Tensor) -> Tensor:
+    """Returns a tensor whose length counts the writes to x; two-dimensional where nobody counts.
+
+    For code that `torch.compile` traces, where `x._version` is unknown: the shape of a result is
+    known, and made from the version that x has at this point of the trace. The tensor itself is not
+    used, so that compilers remove it.
+    """
+    result: Tensor = torch.ops.lowbit.version_probe(x)
     return result
 
 
@@ -126,6 +138,10 @@ def _embedding(ids: Tensor, *arguments: Any) -> Tensor:
     return rows.view(*ids.shape, in_features)
 
 
+def _version_probe(x: Tensor) -> Tensor:
+    return x.new_empty((0, 0) if x.is_inference() else (x._version,))
+
+
 def _linear_fake(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
@@ -181,6 +197,7 @@ for _name, _kernel, _fake in (
     ("linear_grad_input", _linear_grad_input, _linear_grad_input_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("embedding", _embedding, _embedding_fake),
+    ("version_probe", _version_probe, _version_probe),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_library)

@@ -73,6 +73,18 @@ def test_one_launch_forward_and_one_backward() -> None:
     assert torch.equal(layer.bias.grad, torch.full((33,), 2.0))
 
 
+def test_compiled_training_is_eager_training() -> None:
+    layer, x = layer_of("NF4_DQ").train(), torch.randn(2, 75, requires_grad=True)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (layer, compiled):
+        x.grad = layer.bias.grad = None
+        run(x).square().sum().backward()
+        gradients.append((x.grad, layer.bias.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_canonical_tensors_are_freed_as_soon_as_they_are_prepared() -> None:
     model = nn.ModuleList(
         QuantLinear.from_quantized(random_qweight("W4A16_G32", SHAPE, seed)) for seed in range(3)

@@ -59,7 +59,13 @@ class QuantLinear(StoredWeight, nn.Linear):  # type: ignore[override] # `weight`
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., out_features]` in x's dtype for `x` `[..., in_features]`."""
-        return ops.linear(x, self.operand, self.bias)
+        weight = self.operand
+        if self._siblings is not None and self._tensors_are_its_own(weight):
+            siblings, index = self._siblings
+            together = siblings.linear(index, x, self.bias)
+            if together is not None:
+                return together
+        return ops.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         """Returns sizes and scheme for `print(model)`."""

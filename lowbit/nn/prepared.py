@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lowbit.nn.siblings import fuse_siblings
 from lowbit.nn.stored import StoredWeight
 
 
@@ -13,7 +14,8 @@ def prepare_model(model: nn.Module) -> int:
     `from_pretrained` calls this, and moving a model to another type of device prepares it for that;
     only modules put together by hand need it. One module is rearranged after the other, so the peak
     is one weight above what the model takes. Offloaded modules, and devices whose backend reads the
-    canonical tensors, are left as they are. Call it again at any time.
+    canonical tensors, are left as they are. Layers that see the same activations run as one launch
+    while a model generates, see `nn/siblings.py`. Call it again at any time.
 
     Args:
         model: changed in place.
@@ -22,4 +24,6 @@ def prepare_model(model: nn.Module) -> int:
         How many modules hold a prepared weight.
     """
     stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
-    return sum([module.prepare() for module in stored])
+    prepared = sum([module.prepare() for module in stored])
+    fuse_siblings(model)
+    return prepared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from lowbit import backends, ops
 from lowbit.backends import PreparedWeight
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.nn.siblings import Siblings
 
 _KERNEL = "kernel_"
 
@@ -51,6 +54,8 @@ class StoredWeight(nn.Module):
     _prepared_tensors: Mapping[str, Tensor]
     # Whether to prepare it again once there is something to prepare: after `to_empty`, say.
     _wants_preparing: bool = False
+    # Layers that see the same activations, and its place among them; see `nn/siblings.py`.
+    _siblings: tuple[Siblings, int] | None = None
 
     def _create_stored(
         self,
@@ -157,6 +162,7 @@ class StoredWeight(nn.Module):
                     self._parameters.pop(name, None)
                     self._buffers.pop(name, None)
                 self._hold(prepared.for_mode(self.training))
+        self._join_siblings()
         return self._prepared is not None
 
     def restore(self) -> None:
@@ -178,8 +184,8 @@ class StoredWeight(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 changed = held.for_mode(mode)
             if changed is not held:
-                self._drop()
-                self._hold(changed)
+                self._replace_prepared(changed)
+        self._join_siblings()
         return self
 
     def _is_elsewhere(self) -> bool:
@@ -196,9 +202,28 @@ class StoredWeight(nn.Module):
 
     def _drop(self) -> None:
         """Forgets the prepared weight."""
+        if self._siblings is not None:
+            self._siblings[0].part()
         for name in self._prepared_tensors:
             delattr(self, _KERNEL + name)
         self._prepared, self._prepared_tensors = None, {}
+
+    def _replace_prepared(self, prepared: PreparedWeight) -> None:
+        self._drop()
+        self._hold(prepared)
+
+    def _join_siblings(self) -> None:
+        if self._siblings is not None:
+            self._siblings[0].join()
+
+    def _tensors_are_its_own(self, operand: QuantizedWeight | PreparedWeight) -> bool:
+        """Returns True if the tensors of `operand` were prepared, not put there by others."""
+        if not torch.compiler.is_compiling():
+            return operand is self._prepared
+        return self._prepared is not None and all(
+            self._buffers[_KERNEL + name] is tensor
+            for name, tensor in self._prepared_tensors.items()
+        )
 
     def _kernel_tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, _KERNEL + name) for name in self._prepared_tensors}
@@ -211,8 +236,7 @@ class StoredWeight(nn.Module):
         changed = self._prepared.with_tensors(tensors)
         if next(iter(tensors.values())).device.type == before.type:
             return changed
-        self._drop()
-        self._hold(changed)
+        self._replace_prepared(changed)
         self._follow_backend()
         return self.operand
 
@@ -250,9 +274,10 @@ class StoredWeight(nn.Module):
         dtype = self.compute_dtype
         self._apply_here(fn, recurse)
         if self._prepared is not None:
-            prepared = self._prepared.with_tensors(self._kernel_tensors())
-            self._drop()
-            self._hold(prepared)
+            tensors = self._kernel_tensors()
+            if any(tensors[name] is not old for name, old in self._prepared_tensors.items()):
+                self._replace_prepared(self._prepared.with_tensors(tensors))
+                self._join_siblings()
         if (target.type, self.compute_dtype) != (device.type, dtype):
             self._follow_backend()
         return self

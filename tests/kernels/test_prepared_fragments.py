@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fragment_weights import DEVICE, random_qweight
-from lowbit_kernels.gpu import support
+from lowbit_kernels.gpu import matmul, support
 from schemes import every_scheme
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit import backends
 from lowbit.backends import PreparedWeight, Request
 from lowbit.backends.fragment import FragmentPrepared
 from lowbit.backends.triton import TritonBackend
-from lowbit.nn import QuantEmbedding, QuantLinear, TiedQuantLinear
+from lowbit.nn import QuantEmbedding, QuantLinear, TiedQuantLinear, prepare_model
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
@@ -195,6 +195,45 @@ def test_a_head_and_its_embedding_compile_as_one_graph(scheme: str, seed: int) -
         assert torch.equal(compiled(ids), eager)
     torch.testing.assert_close(eager.float(), expected, rtol=5e-3, atol=5e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.usefixtures("triton")
+@few_schemes
+@pytest.mark.parametrize("bias", [False, True])
+def test_siblings_run_as_one_launch(
+    scheme: str, bias: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = nn.Module()
+    for i, (name, rows) in enumerate((("q_proj", 130), ("k_proj", 33), ("v_proj", 64))):
+        qweight = on_device(random_qweight(scheme, (rows, 75), seed + i))
+        values = torch.linspace(-1, 1, rows, device=DEVICE) if bias else None
+        block.add_module(name, QuantLinear.from_quantized(qweight, values, torch.float16))
+    block.to(DEVICE).eval()
+    x = torch.randn(2, 75, generator=torch.Generator().manual_seed(seed)).to(DEVICE).half()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return block.q_proj(x), block.k_proj(x), block.v_proj(x)
+
+    run(x)  # not prepared: by the reference
+    for layer in block.children():
+        layer.prepare()
+    with torch.no_grad():
+        expected = run(x)
+        assert prepare_model(block) == 3
+        launches: list[int] = []
+        run_fused = matmul.run_fused
+        monkeypatch.setattr(
+            matmul, "run_fused", lambda *args: launches.append(1) or run_fused(*args)
+        )
+        for together, ours in zip(run(x), expected, strict=True):
+            assert torch.equal(together, ours)
+        assert len(launches) == 1
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for together, ours in zip(compiled(x), expected, strict=True):
+            # The compiler adds biases to slices that are rounded already.
+            torch.testing.assert_close(together, ours, rtol=2e-3, atol=2e-3)
+        assert len(launches) == 2
 
 
 def test_refusals_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
