@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -243,30 +244,54 @@ def test_formats_without_kernels_are_refused(fields: dict[str, object], sentence
         dataclasses.replace(Format(4, 64), **fields)
 
 
+CODED = {
+    "scale": torch.ones(4, 2, dtype=torch.uint8),
+    "scale_offset": torch.zeros(1, dtype=torch.bfloat16),
+    "scale_step": torch.zeros(1, dtype=torch.bfloat16),
+}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"codes": torch.zeros(4, 64, dtype=torch.int8)}, "uint8"),
+        ({"codes": torch.zeros(64, dtype=torch.uint8)}, r"\[64\], needed: uint8 \[N, K\]"),
         ({"codes": torch.zeros(0, 64, dtype=torch.uint8)}, r"\[0, 64\]"),
-        ({"scale": torch.ones(4, 3, dtype=torch.float16)}, r"\[4, 2\]"),
+        ({"scale": torch.ones(4, 3, dtype=torch.float16)}, r"\(4, 2\)"),
         ({"scale": torch.ones(4, 2)}, "float16"),
         ({"scale": torch.ones(4, 2, dtype=torch.uint8)}, "float16"),
-        ({"zero": torch.zeros(4, 2, dtype=torch.uint8)}, "symmetric=True"),
+        ({"zero": torch.zeros(4, 2, dtype=torch.uint8)}, "zero is .* needed for this format: None"),
+        ({"scale_offset": torch.zeros(1, dtype=torch.bfloat16)}, "scale is .*needed.*uint8"),
+        ({**CODED, "scale_step": None}, "scale_step is None, needed.*bfloat16, .1,"),
+        (
+            {**CODED, "scale_offset": torch.zeros(2).bfloat16()},
+            "scale_offset is .*2.*bfloat16, .1,",
+        ),
+        ({**CODED, "scale_offset": torch.zeros(1)}, "scale_offset is .torch.float32"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
-    change: dict[str, torch.Tensor], sentence: str
+    change: dict[str, torch.Tensor | None], sentence: str
 ) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "codes": torch.zeros(4, 64, dtype=torch.uint8),
         "scale": torch.ones(4, 2, dtype=torch.float16),
     }
     FragmentWeight.from_codes(Format(4, 32), **arguments)
+    FragmentWeight.from_codes(Format(4, 32), **{**arguments, **CODED})
     with pytest.raises(ValueError, match=sentence):
         FragmentWeight.from_codes(Format(4, 32), **{**arguments, **change})
 
 
-def test_missing_zero_points_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("zero", "sentence"),
+    [
+        (None, "zero is None, needed for this format: .torch.uint8, .4, 2."),
+        (torch.zeros(4, 2, dtype=torch.int8), "zero is .torch.int8"),
+        (torch.zeros(2, 4, dtype=torch.uint8), r"zero is .*\(2, 4\).*\(4, 2\)"),
+    ],
+)
+def test_wrong_zero_points_are_refused(zero: torch.Tensor | None, sentence: str) -> None:
     codes, scale = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.float16)
-    with pytest.raises(ValueError, match="symmetric=False"):
-        FragmentWeight.from_codes(Format(4, 32, symmetric=False), codes, scale)
+    with pytest.raises(ValueError, match=sentence):
+        FragmentWeight.from_codes(Format(4, 32, symmetric=False), codes, scale, zero)

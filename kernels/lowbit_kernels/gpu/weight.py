@@ -168,8 +168,8 @@ class FragmentWeight:
         Raises:
             ValueError: for tensors that do not fit each other.
         """
+        _check(format, codes, scale, zero, scale_offset, scale_step)
         out_features, in_features = codes.shape
-        _check(format, codes, scale, zero, scale_offset)
         rows = math.ceil(out_features / ROW_PADDING) * ROW_PADDING
         chunks = math.ceil(in_features / COLUMN_PADDING) * (COLUMN_PADDING // CHUNK)
         size = (rows // STRIP, chunks, STRIP, LANES)
@@ -314,33 +314,37 @@ def _check(
     scale: Tensor,
     zero: Tensor | None,
     offset: Tensor | None,
+    step: Tensor | None,
 ) -> None:
     if codes.dtype != torch.uint8 or codes.dim() != 2 or 0 in codes.shape:
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}, needed: uint8 [N, K]")
-    expected = (codes.shape[0], format.groups(codes.shape[1]))
-    scale_dtype = format.torch_scale_dtype if offset is None else torch.uint8
-    if scale.shape != expected or scale.dtype != scale_dtype:
-        raise ValueError(
-            f"scale is {scale.dtype} {list(scale.shape)}, needed: {scale_dtype} {list(expected)}"
-        )
-    if (zero is None) != format.symmetric or (zero is not None and zero.shape != expected):
-        found = "none" if zero is None else list(zero.shape)
-        raise ValueError(
-            f"zero points are {found}, but the format has symmetric={format.symmetric}"
-        )
+    size = (codes.shape[0], format.groups(codes.shape[1]))
+    coded = offset is not None or step is not None
+    blocks = (-(-math.prod(size) // SCALE_BLOCK),) if coded else None
+    _expect("scale", scale, torch.uint8 if coded else format.torch_scale_dtype, size)
+    _expect("zero", zero, torch.uint8, None if format.symmetric else size)
+    _expect("scale_offset", offset, torch.bfloat16, blocks)
+    _expect("scale_step", step, torch.bfloat16, blocks)
+
+
+def _expect(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, size: tuple[int, ...] | None
+) -> None:
+    """Raises ValueError unless `tensor` has this dtype and size, or is None like `size`."""
+    found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    needed = None if size is None else (dtype, size)
+    if found != needed:
+        raise ValueError(f"{name} is {found}, needed for this format: {needed}")
 
 
 def _table(format: Format, device: torch.device) -> Tensor | None:  # noqa: A002
-    if format.codebook is None:
-        return None
-    return torch.tensor(codebook_table(format.codebook), dtype=torch.int32, device=device)
+    words = None if format.codebook is None else codebook_table(format.codebook)
+    return None if words is None else torch.tensor(words, dtype=torch.int32, device=device)
 
 
 def _transposed(values: Tensor, rows: int) -> Tensor:
     """Returns `values` `[N, groups]` as `[groups, rows]`, padded with zeros."""
-    result = values.new_zeros((values.shape[1], rows))
-    result[:, : values.shape[0]] = values.T
-    return result
+    return torch.nn.functional.pad(values.T, (0, rows - values.shape[0])).contiguous()
 
 
 def _padded(codes: Tensor, columns: int) -> Tensor:
