@@ -125,6 +125,18 @@ def test_wrong_width_of_activations_is_named(seed: int) -> None:
         linear(torch.zeros(2, 63, dtype=torch.float16, device=DEVICE), weight)
 
 
+@pytest.mark.parametrize("up_to", [64, 0], ids=["fused", "decoded"])
+def test_bias_of_any_stride_and_of_the_right_size(
+    up_to: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_small_tiles(monkeypatch, up_to)
+    weight = random_fragment("W4A16_G32", (33, 64), seed)
+    x, bias = (activations(size, torch.float16, seed) for size in ((4, 64), (33, 2)))
+    assert torch.equal(linear(x, weight, bias[:, 1]), linear(x, weight, bias[:, 1].clone()))
+    with pytest.raises(ValueError, match=r"bias is \[32\].*33 output features"):
+        linear(x, weight, bias[:32, 0])
+
+
 @few_schemes
 @every_dtype
 @pytest.mark.parametrize("up_to", [64, 0], ids=["fused", "decoded"])

@@ -159,7 +159,7 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
     Args:
         x_MK: fp16 or bf16 (fp32 where Triton interprets), last dimension contiguous, M > 0.
         weight: the weight.
-        bias: `[N]` or None.
+        bias: `[N]`, contiguous, or None.
         tile: see `configs.Tile`; without split for M above its block_m.
     """
     M, K = x_MK.shape
@@ -210,6 +210,10 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
         raise ValueError(
             f"linear: x is {list(x.shape)}, but the weight has {in_features} input features"
         )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"linear: bias is {list(bias.shape)}, but the weight has {out_features} output features"
+        )
     weight = _weight(tuple(tensors), (form, out_features, in_features))
     if x.numel() == 0:
         return x.new_zeros((*x.shape[:-1], out_features))
@@ -229,7 +233,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     else:
         if x_MK.stride(-1) != 1:
             x_MK = x_MK.contiguous()
-        out = run_fused(x_MK, weight, bias, tile)
+        out = run_fused(x_MK, weight, None if bias is None else bias.contiguous(), tile)
     return out.view(*x.shape[:-1], out_features)
 
 
