@@ -162,8 +162,7 @@ class FragmentWeight:
             scale: `[N, groups]` in the scale dtype, or uint8 codes with `scale_offset` and
                 `scale_step`.
             zero: uint8 `[N, groups]`, unsigned, for asymmetric formats.
-            scale_offset: bf16 `[blocks]`.
-            scale_step: bf16 `[blocks]`.
+            scale_offset, scale_step: bf16 `[blocks]`.
 
         Raises:
             ValueError: for tensors that do not fit each other.
@@ -330,7 +329,6 @@ def _check(
 def _expect(
     name: str, tensor: Tensor | None, dtype: torch.dtype, size: tuple[int, ...] | None
 ) -> None:
-    """Raises ValueError unless `tensor` has this dtype and size, or is None like `size`."""
     found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
     needed = None if size is None else (dtype, size)
     if found != needed:
@@ -344,7 +342,9 @@ def _table(format: Format, device: torch.device) -> Tensor | None:  # noqa: A002
 
 def _transposed(values: Tensor, rows: int) -> Tensor:
     """Returns `values` `[N, groups]` as `[groups, rows]`, padded with zeros."""
-    return torch.nn.functional.pad(values.T, (0, rows - values.shape[0])).contiguous()
+    result = values.new_zeros((values.shape[1], rows))
+    result[:, : values.shape[0]] = values.T
+    return result
 
 
 def _padded(codes: Tensor, columns: int) -> Tensor:
