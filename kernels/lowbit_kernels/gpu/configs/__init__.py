@@ -95,6 +95,7 @@ def choose(
     split = 1
     if block_m_holds <= min(block_m, 64):
         wanted = processors * chosen["programs_per_sm"]
-        # A step is 128 columns; a program should have a few to keep loads in flight.
-        split = max(1, min(round(wanted / (rows // block_n)), columns // 128 // 4))
+        # No more programs than run at once: the rest would be a second, nearly empty wave. A step
+        # is 128 columns; a program should have a few to keep loads in flight.
+        split = max(1, min(wanted // (rows // block_n), columns // 128 // 4))
     return Tile(block_m, block_n, chosen["warps"], chosen["stages"], split)
