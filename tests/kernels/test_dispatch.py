@@ -136,6 +136,8 @@ def test_programs_fill_the_device_and_keep_a_few_steps_each(tables: Path) -> Non
     assert configs.choose(0, "int4", 16, 128 * 40, 128) == Tile(16, 128, 4, 3, 1)
     assert configs.choose(0, "int4", 16, 128 * 4000, 16384) == Tile(16, 128, 4, 3, 1)
     assert configs.choose(0, "int4", 256, 128, 16384) == Tile(128, 128, 4, 3, 1)
+    # A seventh part would not run at once with the others: 200 // 30.
+    assert configs.choose(0, "int4", 16, 128 * 30, 16384) == Tile(16, 128, 4, 3, 6)
     # Rows are padded to 64: an odd number of those fits no larger tile.
     assert configs.choose(0, "int4", 16, 64 * 81, 16384) == Tile(16, 64, 4, 3, 2)
 
