@@ -227,6 +227,7 @@ def ptx_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
     """Runs kernels as on NVIDIA chips, inline PTX through the emulator; gives what ran."""
     matmul.constants.cache_clear()
     monkeypatch.setattr(matmul, "_plain_triton", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     yield emulate_inline_asm(monkeypatch, emulate)
     matmul.constants.cache_clear()
 
