@@ -206,8 +206,9 @@ def test_what_cannot_be_one_weight_is_refused(seed: int) -> None:
     coded = random_fragment("NF4_DQ", (128, 128), seed)
     with pytest.raises(ValueError, match="decode double-quantized scales"):
         concatenate([coded, coded])
-    with pytest.raises(ValueError, match="decode them first"):
-        coded.rows(64, 128, 64)
+    for start in (0, 64):
+        with pytest.raises(ValueError, match="decode them first"):
+            coded.rows(start, start + 64, 64)
     assert concatenate([coded.with_decoded_scales()] * 2).padded_rows == 256
 
 
