@@ -84,6 +84,19 @@ def test_the_table_of_device_and_version_is_preferred(tables: Path) -> None:
     assert found == [1, 2, 3, 4]
 
 
+def test_a_family_is_closer_than_any_device_and_its_name_closer_still(
+    tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_family", lambda index: "mma.sync")
+    found = []
+    for stages, device in enumerate(("any", "mma.sync", "NVIDIA H200"), start=1):
+        write(tables, device, "any", tiles=tiles(stages))
+        write(tables, "amd", "any", tiles=tiles(9))
+        clear_choices()
+        found.append(stages_chosen())
+    assert found == [1, 2, 3]
+
+
 def test_a_version_is_matched_by_its_first_two_numbers(
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +162,7 @@ def test_shipped_tables_choose_tiles_that_the_kernel_can_run(
 ) -> None:
     entry = json.loads(file.read_text())
     monkeypatch.setattr(configs, "_device", lambda index: (entry["device"], 132))
-    monkeypatch.setattr(configs, "table", lambda name, version: entry)
+    monkeypatch.setattr(configs, "table", lambda *wanted: entry)
     limit = entry["fused_up_to"].get(kind, entry["fused_up_to"]["default"])
     all_rows, all_columns = (64, 128, 192, 4096, 14336, 128256), (128, 256, 4096, 14336)
     for m, rows, columns in itertools.product(M_BUCKETS, all_rows, all_columns):

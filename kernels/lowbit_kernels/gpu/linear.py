@@ -6,7 +6,7 @@ rows of W, BLOCK_M rows of x and a range of K; it takes 128 columns per step.
 
 Scales are applied where they cost least (MODE):
 
-    row    one scale per row: the products are summed over all of K and scaled once
+    row    one scale per row: loaded once, applied to sums
     post   groups of 64 columns and more, few rows of x: each group's product is scaled in float32,
            acc += scale * dot(levels, x), so that scale * level is never rounded to 16 bits
     pre    small groups, or many rows of x: scale * level is rounded to the dtype of x, as plain
@@ -192,7 +192,12 @@ def linear_kernel(
                     tile = decode_tile(
                         low, high, row_zero, levels, ASM, BITS, DTYPE, BLOCK_N, TILE_K, WIDE
                     )
-                    acc = tl.dot(tile, x_KM, acc, input_precision="ieee")
+                    if BLOCK_M > 32:
+                        acc = tl.dot(tile, x_KM, acc, input_precision="ieee")
+                    else:
+                        # In few columns, sums kept in the tensor core would make it wait for each
+                        # product in turn (ptxas C7515).
+                        acc += tl.dot(tile, x_KM, input_precision="ieee") * row_scale[:, None]
                 else:
                     # Padding may begin a group that does not exist; x is zero there.
                     group = tl.minimum(column // GROUP, groups - 1)
@@ -217,7 +222,7 @@ def linear_kernel(
                         low, high, zeros, levels, ASM, BITS, DTYPE, BLOCK_N, TILE_K, WIDE
                     )
                     acc += tl.dot(tile, x_KM, input_precision="ieee") * scales[:, None]
-    if MODE == "row":
+    if MODE == "row" and BLOCK_M > 32:
         acc *= row_scale[:, None]
     if SPLIT > 1:
         place = partial + tl.arange(0, BLOCK_M)[None, :] * rows + row[:, None]

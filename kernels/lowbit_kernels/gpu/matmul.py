@@ -118,8 +118,16 @@ def _multiplies_with_mma_sync(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index)[0] not in (9, 10)
 
 
+@functools.cache
+def _multiplies_with_tcgen05(device_index: int) -> bool:
+    """Returns True for sm_100; see `constants`."""
+    return not _plain_triton() and torch.cuda.get_device_capability(device_index)[0] == 10
+
+
 @functools.lru_cache(maxsize=1024)
-def constants(form: Format, groups: int, dtype: str, block_m: int, wide: bool) -> dict[str, Any]:
+def constants(
+    form: Format, groups: int, dtype: str, block_m: int, wide: bool, tcgen05: bool = False
+) -> dict[str, Any]:
     """Returns the compile-time arguments of the fused kernel that depend on the format.
 
     Args:
@@ -128,6 +136,7 @@ def constants(form: Format, groups: int, dtype: str, block_m: int, wide: bool) -
         dtype: "fp16", "bf16" or "fp32" of the activations.
         block_m: activations per program.
         wide: see `decode.tile_columns`.
+        tcgen05: whether the target multiplies with it (sm_100).
     """
     mode, group, columns = "row", 128, 128
     if groups > 1:
@@ -135,6 +144,10 @@ def constants(form: Format, groups: int, dtype: str, block_m: int, wide: bool) -
         columns = tile_group(group, 128)
         # Above 64 rows, scaling every product costs more than scaling every weight.
         mode = "post" if columns >= 64 and block_m <= 64 else "pre"
+        # Triton 3.6 to 3.9 abort while placing a tile of 64 columns decoded from one word per lane
+        # in the shared memory that tcgen05 reads.
+        if tcgen05 and columns == 64 and form.bits in (2, 3):
+            mode = "pre"
     asymmetric = not form.symmetric and mode != "pre"
     asm = None
     if not _plain_triton():
@@ -170,7 +183,8 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
         partial = x_MK.new_empty((tile.split, tile.block_m, rows), dtype=torch.float32)
     coded = weight.scale.dtype == torch.uint8
     groups, chunks = weight.scale.shape[0], weight.words.shape[1]
-    wide = _multiplies_with_mma_sync(x_MK.device.index or 0)
+    device = x_MK.device.index or 0
+    wide, tcgen05 = _multiplies_with_mma_sync(device), _multiplies_with_tcgen05(device)
     dtype = _FUSED_DTYPES.get(x_MK.dtype, "fp32")
     linear_kernel[(rows // tile.block_n, tile.split, triton.cdiv(M, tile.block_m))](
         x_MK,
@@ -193,7 +207,7 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
         groups,
         x_MK.stride(0),
         weight.scale.stride(0),
-        **constants(weight.format, groups, dtype, tile.block_m, wide),
+        **constants(weight.format, groups, dtype, tile.block_m, wide, tcgen05),
         EVEN_K=chunks * CHUNK == K,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

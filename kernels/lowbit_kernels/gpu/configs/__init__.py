@@ -1,7 +1,8 @@
 """Tile sizes, split and switch-over per device and Triton version, from the JSON files beside this.
 
 A file names the device and the Triton version it was measured with. The best match is read: device
-and version, then device, then `default.json`. Nothing is tuned while a model runs.
+and version, then device, then the device's family ("mma.sync" for NVIDIA before Hopper and consumer
+Blackwell, "amd"), then `default.json`. Nothing is tuned while a model runs.
 
     fused_up_to   kind -> largest M that the fused kernel takes; above it the weight is decoded into
                   a buffer and multiplied by cuBLAS
@@ -45,16 +46,17 @@ class Tile:
 
 
 @functools.cache
-def table(device_name: str, triton_version: str) -> dict[str, Any]:
+def table(device_name: str, triton_version: str, family: str = "any") -> dict[str, Any]:
     """Returns the contents of the file that fits best."""
     best: dict[str, Any] = {}
     best_score = -1
     for file in sorted(DIRECTORY.glob("*.json")):
         entry: dict[str, Any] = json.loads(file.read_text())
-        if entry["device"] not in ("any", device_name):
+        if entry["device"] not in ("any", family, device_name):
             continue
         same_version = entry["triton"] == ".".join(triton_version.split(".")[:2])
-        score = 2 * (entry["device"] == device_name) + same_version
+        closeness = ("any", family, device_name).index(entry["device"])
+        score = 2 * closeness + same_version
         if score > best_score:
             best, best_score = entry, score
     return best
@@ -67,6 +69,15 @@ def _device(index: int) -> tuple[str, int]:
         return "any", 4
     properties = torch.cuda.get_device_properties(index)
     return properties.name, properties.multi_processor_count
+
+
+@functools.cache
+def _family(index: int) -> str:
+    if torch.version.hip is not None:
+        return "amd"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] in (9, 10):
+        return "any"
+    return "mma.sync"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,7 +94,7 @@ def choose(
         columns: stored columns.
     """
     name, processors = _device(device_index)
-    entry = table(name, triton.__version__)
+    entry = table(name, triton.__version__, _family(device_index))
     limits = entry["fused_up_to"]
     if block_m_holds > limits.get(kind, limits["default"]):
         return None
