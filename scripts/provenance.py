@@ -16,7 +16,7 @@ from lowbit.checkpoint.writer import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
 
 
 def provenance() -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "lowbit", "eval")
+        changed = git("status", "--porcelain", "--", "lowbit", "eval", "kernels")
         return git("rev-parse", "HEAD") + ("-modified" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

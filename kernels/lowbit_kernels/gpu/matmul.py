@@ -177,6 +177,11 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
     """
     M, K = x_MK.shape
     N, rows = weight.out_features, weight.padded_rows
+    if rows % tile.block_n or (tile.split > 1 and tile.block_m < M):
+        raise ValueError(
+            f"{tile} does not fit {M} activations and {rows} stored rows: block_n must divide the "
+            "rows, and a product that is split along K has one tile of activations"
+        )
     out = x_MK.new_empty((M, N))
     partial = None
     if tile.split > 1:

@@ -119,7 +119,8 @@ class FragmentWeight:
         scale: [groups, padded rows] in the format's scale dtype, or uint8 codes of double-quantized
             scales. Neighbouring rows are neighbours; the stride of the groups is free.
         zero: uint8 [groups, padded rows] unsigned zero points, or None.
-        counters: int32 [padded rows / 64], zero between launches: split K counts arrivals here.
+        counters: int32 [padded rows / 64], zero between launches: split K counts arrivals here, so
+            one weight must not be multiplied on two streams at the same time.
         table: int32 [32], see `ptx.codebook_table`; None for integers.
         scale_offset: bf16 [blocks] of double-quantized scales: offset + step * code, blocks of 256
             scales counted along the rows as the checkpoint stores them ([N, groups]).
@@ -173,17 +174,21 @@ class FragmentWeight:
         chunks = math.ceil(in_features / COLUMN_PADDING) * (COLUMN_PADDING // CHUNK)
         size = (rows // STRIP, chunks, STRIP, LANES)
         words = torch.zeros(*size, format.words, dtype=torch.int32, device=codes.device)
-        plane = torch.zeros(size, dtype=torch.int16, device=codes.device)
+        plane = None
+        if format.bits == 3:
+            plane = torch.zeros(size, dtype=torch.int16, device=codes.device)
         for start in range(0, out_features, ROWS_PER_STEP):
             block = _padded(codes[start : start + ROWS_PER_STEP], chunks * CHUNK)
             strips = slice(start // STRIP, start // STRIP + block.shape[0] // STRIP)
-            words[strips], plane[strips] = _reorder(block, format)
+            words[strips], high = _reorder(block, format)
+            if plane is not None:
+                plane[strips] = high
         return FragmentWeight(
             format=format,
             out_features=out_features,
             in_features=in_features,
             words=words,
-            plane=plane if format.bits == 3 else None,
+            plane=plane,
             scale=_transposed(scale, rows),
             zero=None if zero is None else _transposed(zero, rows),
             counters=torch.zeros(rows // ROW_PADDING, dtype=torch.int32, device=codes.device),

@@ -1,0 +1,189 @@
+"""The kernels that are compiled without a GPU, by tests and by `python inspect_kernels.py`.
+
+A new kernel is one more `KernelCase` in `all_cases`. Budgets are in instructions per weight on
+sm_90: at the H200's 4.3 TB/s, 4-bit weights arrive at a rate that leaves 3.9 per weight, 3-bit
+weights 2.9 and 2-bit ones 1.95, so that codes narrower than 4 bits are bound by instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from inspect_code import KernelCase
+from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile_group
+from lowbit_kernels.gpu.linear import linear_kernel
+from lowbit_kernels.gpu.ptx import decode_asm
+from lowbit_kernels.gpu.weight import Format
+
+NF4 = tuple(i / 15 for i in range(16))  # any sixteen values: a table is an argument
+# Where Triton multiplies with mma.sync; see `decode.tile_columns`.
+WIDE_TARGETS = ("sm_80", "sm_89", "sm_120")
+WEIGHT_TYPES = {
+    "words": "*i32",
+    "plane": "*i16",
+    "scale": "*fp16",
+    "zero": "*u8",
+    "offset": "*bf16",
+    "step": "*bf16",
+    "table": "*i32",
+}
+
+
+def all_cases(target: str) -> list[KernelCase]:
+    """Returns every case for `target`."""
+    return [*linear_cases(target), *dequantize_cases()]
+
+
+def absent(form: Format, coded: bool) -> dict[str, None]:
+    """Returns the tensors that a weight of this format does not have."""
+    there = {
+        "plane": form.bits == 3,
+        "zero": not form.symmetric,
+        "table": form.codebook is not None,
+        "offset": coded,
+        "step": coded,
+    }
+    return {name: None for name, exists in there.items() if not exists}
+
+
+def amd_stages(form: Format) -> int:
+    """Returns the stages of configs/amd.json: 64 KiB of shared memory hold no more."""
+    return 1 if form.codebook is not None else 2
+
+
+def linear_case(
+    name: str,
+    target: str,
+    form: Format,
+    mode: str,
+    *,
+    block_m: int = 16,
+    warps: int = 4,
+    stages: int = 4,
+    split: int = 4,
+    dtype: str = "bf16",
+    coded: bool = False,
+    budget: float = float("inf"),
+) -> KernelCase:
+    """Returns the fused kernel with tiles of 128 rows."""
+    group = form.group_size or 128
+    asm = None
+    if target != "gfx942":
+        asm = decode_asm(
+            form.bits,
+            dtype,
+            not form.symmetric and mode != "pre",
+            form.codebook is not None,
+        )
+    if target == "sm_100" and form.group_size == 64 and form.bits < 4:
+        mode = "pre"  # as `matmul.constants` chooses
+    constants: dict[str, Any] = {
+        "ASM": asm,
+        "BITS": form.bits,
+        "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype],
+        "GROUP": group,
+        "TILE_GROUP": tile_group(group, 128),
+        "SCALE_DTYPE": tl.float16,
+        "SIGNED": form.signed_scales,
+        "MODE": mode,
+        "EVEN_K": True,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 128,
+        "SPLIT": split,
+        "STAGES": amd_stages(form) if target == "gfx942" else stages,
+        "WIDE": target in WIDE_TARGETS,
+        "bias": None,
+        **absent(form, coded),
+        **({} if split > 1 else {"partial": None}),
+    }
+    types = {
+        **WEIGHT_TYPES,
+        **({"scale": "*u8"} if coded else {}),
+        "x": f"*{dtype}",
+        "out": f"*{dtype}",
+        "partial": "*fp32",
+        "counters": "*i32",
+        **dict.fromkeys(("M", "N", "K", "rows", "chunks", "groups"), "i32"),
+        "x_stride": "i32",
+        "scale_stride": "i32",
+    }
+    return KernelCase(
+        name=name,
+        kernel=linear_kernel,
+        types=types,
+        constants=constants,
+        options={"num_warps": warps, "num_stages": constants["STAGES"]},
+        aligned=("N", "K", "rows", "x_stride", "scale_stride"),
+        weights_per_step=128 * 128,
+        budget=budget,
+        register_operand=True,
+    )
+
+
+def linear_cases(target: str) -> list[KernelCase]:
+    """Returns the fused kernel for the schemes that are benchmarked, and its other modes."""
+
+    def case(name: str, form: Format, mode: str = "post", **options: Any) -> KernelCase:
+        return linear_case(name, target, form, mode, **options)
+
+    int4 = Format(4, 128)
+    cases = [
+        case("int4 g128", int4, budget=2.7),
+        case("int4 asym g64", Format(4, 64, symmetric=False), budget=3.7),
+        case("int3 g64", Format(3, 64), budget=3.8),
+        case("nf4 g64 dq", Format(4, 64, NF4, signed_scales=False), coded=True, budget=5.3),
+        case("int8 channel", Format(8, 0), "row", budget=3.3),
+    ]
+    if target == "sm_90":
+        cases += [
+            case("int4 g64", Format(4, 64), budget=3.2),
+            case("int2 g64", Format(2, 64), budget=2.8),
+            case("int8 g128", Format(8, 128), budget=3.2),
+            case("nf4 g64", Format(4, 64, NF4), budget=4.5),
+            case("int4 g128 fp16", int4, dtype="fp16", budget=2.5),
+            case("int4 g32", Format(4, 32), "pre", budget=6.5),
+            case("int4 g128, 32 tokens", int4, block_m=32, budget=3.0),
+            case("int4 g128, 64 tokens", int4, block_m=64, warps=8, stages=3, budget=4.0),
+        ]
+    # The largest tile that each family of devices uses; see the tables in configs/.
+    if target in WIDE_TARGETS:
+        cases.append(case("int4 g128, 64 tokens", int4, block_m=64, warps=8, stages=3))
+    elif target == "gfx942":
+        cases.append(case("int4 g128, 32 tokens", int4, block_m=32))
+    else:
+        large = {"block_m": 128, "warps": 8, "stages": 3, "split": 1}
+        cases.append(case("int4 g128, 128 tokens", int4, "pre", **large, budget=8))
+    return cases
+
+
+def dequantize_cases() -> list[KernelCase]:
+    """Returns the kernel that decodes whole weights, for the widest and the oddest format."""
+    cases = []
+    for name, form in (
+        ("dequantize int3 asym g64", Format(3, 64, symmetric=False)),
+        ("dequantize nf4 g64", Format(4, 64, NF4)),
+    ):
+        constants = {
+            "BITS": form.bits,
+            "GROUP": form.group_size,
+            "TILE_GROUP": tile_group(form.group_size, 128),
+            "SCALE_DTYPE": TRITON_DTYPES[torch.float16],
+            "SIGNED": form.signed_scales,
+            "BLOCK_N": 32,
+            "BLOCK_K": 128,
+            **absent(form, coded=False),
+        }
+        numbers = dict.fromkeys(("N", "K", "chunks", "groups", "scale_stride"), "i32")
+        cases.append(
+            KernelCase(
+                name,
+                dequantize_kernel,
+                {**WEIGHT_TYPES, "out": "*bf16", **numbers},
+                constants,
+                {"num_warps": 4, "num_stages": 1},
+                ("K", "scale_stride"),
+            )
+        )
+    return cases
