@@ -45,7 +45,7 @@ def imported_modules(file: Path) -> set[str]:
 
 
 # The files of pure rooms that may import kernels; they are imported when a device asks for them.
-KERNEL_USERS = ("backends/triton.py", "backends/fragment.py")
+KERNEL_USERS = ("backends/triton.py", "backends/fragment.py", "algorithms/ldlq.py")
 
 
 def rooms() -> dict[str, set[str]]:

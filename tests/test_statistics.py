@@ -105,3 +105,15 @@ def test_statistics_are_one_shared_object_and_end_the_accumulation() -> None:
     assert accumulator.statistics() is accumulator.statistics()
     with pytest.raises(RuntimeError, match="must not change"):
         accumulator.add(torch.randn(9, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_on_a_gpu_lose_nothing(dtype: torch.dtype) -> None:
+    x = torch.randn(5000, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    accumulator = HessianAccumulator(192, "cuda")
+    accumulator.add(x.cuda())
+    expected = x.double().T @ x.double() / 5000
+    found = accumulator.statistics().hessian.double().cpu()
+    assert ((found - expected).norm() / expected.norm()) < 1e-5

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from inspect_code import KernelCase
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile_group
+from lowbit_kernels.gpu.ldlq import MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
 from lowbit_kernels.gpu.weight import Format
@@ -33,7 +34,7 @@ WEIGHT_TYPES = {
 
 def all_cases(target: str) -> list[KernelCase]:
     """Returns every case for `target`."""
-    return [*linear_cases(target), *dequantize_cases()]
+    return [*linear_cases(target), *dequantize_cases(), *ldlq_cases()]
 
 
 def absent(form: Format, coded: bool) -> dict[str, None]:
@@ -187,3 +188,27 @@ def dequantize_cases() -> list[KernelCase]:
             )
         )
     return cases
+
+
+def ldlq_cases() -> list[KernelCase]:
+    """Returns GPTQ's inner loop on a grid with zero points and on a codebook."""
+    floats = ("target", "residual", "errors", "inner", "scale", "zero")
+    tables = ("levels", "boundaries", "level_codes")
+    types = {
+        **dict.fromkeys((*floats, *tables), "*fp32"),
+        "codes": "*i8",
+        "group": "*i32",
+        "B": "i32",
+        "R": "i32",
+    }
+    numbers = {"CODE_MIN": -8, "CODE_MAX": 7, "BLOCK": MAX_BLOCK, "ROWS": ROWS}
+    return [
+        KernelCase(
+            name,
+            ldlq_block_kernel,
+            types,
+            {**numbers, **dict.fromkeys(missing)},
+            {"num_warps": WARPS, "num_stages": 1},
+        )
+        for name, missing in (("ldlq asym", tables), ("ldlq codebook", ("zero",)))
+    ]

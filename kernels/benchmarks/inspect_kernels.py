@@ -20,7 +20,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 from cases import all_cases  # noqa: E402 - after the paths
 from inspect_code import TARGETS, Code, KernelCase, compile_case  # noqa: E402
 
-
 # Bytes of shared memory that one program can have.
 SHARED = {
     "sm_80": 163 * 1024,

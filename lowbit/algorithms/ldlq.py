@@ -17,15 +17,23 @@ Shapes: K in_features in reversed order of visiting, R output rows, B columns of
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit.quant import Grid, decode, nearest_code
+from lowbit.quant import Grid, decode, nearest_code, sorted_codebook
 
-# Rows solved together: the block's target and residual (2 x 128 x 4096 fp32) stay near the cache.
+# Rows solved together on a CPU: the block's target and residual (2 x 128 x 4096 fp32) stay near the
+# cache. A GPU takes all rows at once.
 ROWS_PER_CHUNK = 4096
+# Columns that the kernel visits in one launch, at most.
+KERNEL_BLOCK = 128
 # Dampings tried in turn, as multiples of `damp_percent`, until the factorisation succeeds.
 DAMP_FACTORS = (1, 3, 10, 30)
 
@@ -117,7 +125,10 @@ def solve(weight: Tensor, grid: Grid, factor: Factor, block_size: int) -> Soluti
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     targets = torch.empty_like(weight)
     total = 0.0
-    for rows in torch.arange(weight.shape[0], device=weight.device).split(ROWS_PER_CHUNK):
+    rows_per_chunk = ROWS_PER_CHUNK if weight.device.type == "cpu" else weight.shape[0]
+    if _has_kernel(weight.device):
+        block_size = min(block_size, KERNEL_BLOCK)
+    for rows in torch.arange(weight.shape[0], device=weight.device).split(rows_per_chunk):
         codes_KR, targets_KR, loss = _solve_rows(weight[rows], grid.rows(rows), factor, block_size)
         codes[rows[:, None], factor.order] = codes_KR.T
         targets[rows[:, None], factor.order] = targets_KR.T
@@ -137,26 +148,108 @@ def _solve_rows(
     residual_KR = weight.T[factor.order].contiguous()
     targets_KR = residual_KR.clone()
     codes_KR = torch.empty(residual_KR.shape, dtype=torch.int8, device=weight.device)
-    group_of = grid.group_of_column(weight.device)[factor.order].tolist()
-    scales_GR = grid.scales.T.contiguous()
-    zeros_GR = None if grid.zeros is None else grid.zeros.T.contiguous()
-    loss = 0.0
+    make_solver = _kernel_solver if _has_kernel(weight.device) else _eager_solver
+    solve_block = make_solver(grid, factor)
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for stop in range(residual_KR.shape[0], 0, -block_size):
         start = max(0, stop - block_size)
         target_BR = targets_KR[start:stop]
         target_BR.addmm_(factor.unit_lower[stop:, start:stop].T, residual_KR[stop:])
         # Contiguous by visited column, because each column's feedback is a product with one row.
         inner_BB = factor.unit_lower[start:stop, start:stop].T.contiguous()
-        errors_BR = torch.empty_like(target_BR)
-        for i in reversed(range(stop - start)):
-            k, group = start + i, group_of[start + i]
-            scale, zero = scales_GR[group], None if zeros_GR is None else zeros_GR[group]
-            target = target_BR[i].addmv_(residual_KR[k + 1 : stop].T, inner_BB[i, i + 1 :])
-            codes_KR[k] = code = nearest_code(target, scale, zero, grid.scheme)
-            value = decode(code, scale, zero, grid.scheme)
-            residual_KR[k] -= value
-            torch.sub(target, value, out=errors_BR[i])
-        loss += float((errors_BR * factor.diagonal[start:stop, None]).square_().sum())
+        errors_BR = solve_block(
+            start, target_BR, residual_KR[start:stop], codes_KR[start:stop], inner_BB
+        )
+        loss += (errors_BR * factor.diagonal[start:stop, None]).square_().sum()
     # The recursion's loss is that of the damped H.
-    undamped = loss - factor.damp * float(residual_KR.square().sum(dtype=torch.float64))
+    undamped = float(loss) - factor.damp * float(residual_KR.square().sum(dtype=torch.float64))
     return codes_KR, targets_KR, max(undamped, 0.0)
+
+
+# Visits the columns of a block that begins at `start`: (start, target [B, R], residual [B, R],
+# codes [B, R], inner [B, B]) -> errors [B, R]; writes target, residual and codes.
+BlockSolver = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _eager_solver(grid: Grid, factor: Factor) -> BlockSolver:
+    """Returns the solver that takes a handful of operations per column."""
+    device = factor.diagonal.device
+    group_of = grid.group_of_column(device)[factor.order].tolist()
+    scales_GR = grid.scales.T.contiguous()
+    zeros_GR = None if grid.zeros is None else grid.zeros.T.contiguous()
+
+    def solve_block(
+        start: int, targets: Tensor, residual: Tensor, codes: Tensor, inner: Tensor
+    ) -> Tensor:
+        errors = torch.empty_like(targets)
+        for i in reversed(range(targets.shape[0])):
+            group = group_of[start + i]
+            scale, zero = scales_GR[group], None if zeros_GR is None else zeros_GR[group]
+            target = targets[i].addmv_(residual[i + 1 :].T, inner[i, i + 1 :])
+            codes[i] = code = nearest_code(target, scale, zero, grid.scheme)
+            value = decode(code, scale, zero, grid.scheme)
+            residual[i] -= value
+            torch.sub(target, value, out=errors[i])
+        return errors
+
+    return solve_block
+
+
+def _kernel_solver(grid: Grid, factor: Factor) -> BlockSolver:
+    """Returns the solver that takes one launch per block; only sums differ in their order."""
+    from lowbit_kernels.gpu import ldlq
+
+    scheme, device = grid.scheme, factor.diagonal.device
+    group_of = grid.group_of_column(device)[factor.order].to(torch.int32)
+    scales_GR = grid.scales.T.contiguous()
+    zeros_GR = None if grid.zeros is None else grid.zeros.T.contiguous()
+    table = None
+    if scheme.codebook is not None:
+        levels, boundaries, level_codes = sorted_codebook(scheme)
+        padding = 16 - len(levels)
+        table = (
+            torch.tensor([*levels, *levels[-1:] * padding], device=device),
+            torch.tensor([*boundaries, *[math.inf] * (padding + 1)], device=device),
+            torch.tensor(
+                [float(code) for code in (*level_codes, *level_codes[-1:] * padding)], device=device
+            ),
+        )
+
+    def solve_block(
+        start: int, targets: Tensor, residual: Tensor, codes: Tensor, inner: Tensor
+    ) -> Tensor:
+        errors = torch.empty_like(targets)
+        ldlq.solve_block(
+            targets,
+            residual,
+            codes,
+            errors,
+            inner,
+            group_of[start : start + targets.shape[0]],
+            scales_GR,
+            zeros_GR,
+            table,
+            (scheme.code_min, scheme.code_max),
+        )
+        return errors
+
+    return solve_block
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Returns True where blocks are solved by the Triton kernel."""
+    if device.type != "cuda":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        _warn_without_triton()
+        return False
+    return True
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    warnings.warn(
+        "GPTQ solves its columns one by one on this GPU, which is many times slower: triton is not "
+        "installed; run `pip install triton`",
+        stacklevel=2,
+    )

@@ -25,9 +25,11 @@ from torch import Tensor
 from lowbit.quant import Grid, decode, nearest_code
 from lowbit.scheme import Scheme
 
-# 1 MB per fp32 temporary: near the caches, and large enough that the many small operations on
-# scales (one element per group) do not dominate.
+# On a CPU 1 MB per fp32 temporary: near the caches, and large enough that the many small operations
+# on scales (one element per group) do not dominate. Elsewhere the launches would: a few hundred per
+# chunk, whatever its size.
 CHUNK_ELEMENTS = 1 << 18
+LARGE_CHUNK_ELEMENTS = 1 << 25
 # Against 40 + 40 candidates and 4 refits this leaves 0.1 to 0.2% of the squared error (W2, W3, W4,
 # NF4; trained weights, normal and Student t, groups of 64 and whole rows).
 CANDIDATES = 7
@@ -70,12 +72,17 @@ def fit_grid(
 def grid_error(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> float:
     """Returns the sum over `weight` of importance * (weight - nearest value on `grid`)^2."""
     total = 0.0
-    rows_per_chunk = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    rows_per_chunk = _rows_per_chunk(weight)
     for rows in torch.arange(weight.shape[0], device=weight.device).split(rows_per_chunk):
         w_RK, part = weight[rows].float(), grid.rows(rows)
         squared = (w_RK - part.dequantize(part.round(w_RK))).square_()
         total += float((squared if importance is None else squared * importance).sum())
     return total
+
+
+def _rows_per_chunk(weight: Tensor) -> int:
+    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else LARGE_CHUNK_ELEMENTS
+    return max(1, elements // weight.shape[1])
 
 
 def _fit_chunks(weight: Tensor, scheme: Scheme, importance: Tensor | None, search: bool) -> Grid:
@@ -88,7 +95,7 @@ def _fit_chunks(weight: Tensor, scheme: Scheme, importance: Tensor | None, searc
     spans = [(0, full, width)]
     if full < groups:
         spans.append((full, groups, in_features - full * width))
-    rows_per_chunk = max(1, CHUNK_ELEMENTS // in_features)
+    rows_per_chunk = _rows_per_chunk(weight)
     for first, last, size in spans:
         columns = slice(first * width, first * width + (last - first) * size)
         grouped = None if importance is None else importance[columns].float().view(-1, size)

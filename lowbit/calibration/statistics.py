@@ -49,17 +49,27 @@ class HessianAccumulator:
                 f"calibration: got inputs of {x.shape[-1]} features, expected {self.in_features}"
             )
         for chunk in x.detach().reshape(-1, self.in_features).split(TOKENS_PER_CHUNK):
-            x_TK = chunk.to(self._hessian.device, torch.float32)
-            finite = x_TK.square().sum(-1).isfinite()
+            x_TK = chunk.to(self._hessian.device)
+            finite = x_TK.float().square().sum(-1).isfinite()
             kept = int(finite.sum())
             self.dropped += x_TK.shape[0] - kept
             if kept == 0:
                 continue
             if kept < x_TK.shape[0]:
                 x_TK = x_TK[finite]
-            total = self.tokens + kept
-            self._hessian.addmm_(x_TK.T, x_TK, beta=self.tokens / total, alpha=1 / total)
-            self.tokens = total
+            self._add_product(x_TK, self.tokens, self.tokens + kept)
+            self.tokens += kept
+
+    def _add_product(self, inputs: Tensor, before: int, after: int) -> None:
+        """Makes H, a mean over `before` tokens, one over `after`; `inputs` are `[tokens, K]`."""
+        if inputs.device.type == "cuda" and inputs.dtype in (torch.bfloat16, torch.float16):
+            # Tensor cores multiply 16 bits exactly and sum in fp32: nothing is lost against fp32,
+            # and it takes a tenth of the time.
+            product = torch.mm(inputs.T, inputs, out_dtype=torch.float32)
+            self._hessian.mul_(before / after).add_(product, alpha=1 / after)
+            return
+        inputs = inputs.float()
+        self._hessian.addmm_(inputs.T, inputs, beta=before / after, alpha=1 / after)
 
     def statistics(self) -> Statistics:
         """Returns the statistics, the same object at every call; nothing can be added afterwards.

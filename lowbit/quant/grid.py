@@ -20,14 +20,23 @@ from lowbit.scheme import Scheme
 
 
 @functools.lru_cache(maxsize=16)
-def _sorted_levels(scheme: Scheme) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Returns a codebook's distinct levels in ascending order and the code of each."""
+def sorted_codebook(
+    scheme: Scheme,
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """Returns a codebook's distinct levels in ascending order, the boundaries between neighbours
+    as float32 has them, and the code of each level.
+    """
     assert scheme.levels is not None
     code_of: dict[float, int] = {}
     for index, level in enumerate(scheme.levels):
         code_of.setdefault(level, index + scheme.code_min)  # -0.0 == 0.0: the first index is kept
-    ordered = sorted(code_of)
-    return tuple(ordered), tuple(code_of[level] for level in ordered)
+    ordered = torch.tensor(sorted(code_of))
+    boundaries = (ordered[1:] + ordered[:-1]) / 2
+    return (
+        tuple(ordered.tolist()),
+        tuple(boundaries.tolist()),
+        tuple(code_of[level] for level in sorted(code_of)),
+    )
 
 
 def nearest_code(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
@@ -45,9 +54,8 @@ def nearest_code(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Sch
     """
     scaled = weight / scale
     if scheme.codebook is not None:
-        levels, codes = _sorted_levels(scheme)
-        ordered = torch.tensor(levels, device=weight.device)
-        index = torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)
+        _, boundaries, codes = sorted_codebook(scheme)
+        index = torch.bucketize(scaled, torch.tensor(boundaries, device=weight.device))
         return torch.tensor(codes, dtype=torch.float32, device=weight.device)[index]
     codes_float = scaled.round_() if zero is None else scaled.add_(zero).round_()
     return codes_float.clamp_(scheme.code_min, scheme.code_max)

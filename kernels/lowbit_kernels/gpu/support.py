@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_GROUP_SIZE = 8
@@ -57,7 +59,7 @@ def _device_refusal(index: int) -> str | None:
     return None
 
 
-def on_device_of_first(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def on_device_of_first(operator: Callable[..., Result]) -> Callable[..., Result]:
     """Returns `operator`, run with the device of its first argument, a tensor, as the current one.
 
     Triton launches on the current device, and a model that is spread over several GPUs calls layers
@@ -65,7 +67,7 @@ def on_device_of_first(operator: Callable[..., Tensor]) -> Callable[..., Tensor]
     """
 
     @functools.wraps(operator)
-    def run(first: Tensor, *rest: Any) -> Tensor:
+    def run(first: Tensor, *rest: Any) -> Result:
         if first.device.type == "cpu":
             return operator(first, *rest)
         with torch.cuda.device(first.device):
