@@ -19,8 +19,9 @@ from torch import Tensor
 from lowbit_kernels.gpu.support import on_device_of_first
 
 MAX_BLOCK = 128
-# Residuals of 16 rows and 128 columns are 16 registers a thread, and 4096 rows are 256 programs.
-ROWS = 16
+# The latency of one column decides, so programs are many and small: 8 rows are 8 registers of
+# residuals a thread, and 4096 rows are 512 programs. With 16, sm_100 spills.
+ROWS = 8
 WARPS = 4
 
 _library = torch.library.Library("lowbit_kernels", "FRAGMENT")
