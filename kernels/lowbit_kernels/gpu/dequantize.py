@@ -23,6 +23,60 @@ TRITON_DTYPES = {
 }
 
 
+@triton.jit
+def exact_tile(
+    words,
+    plane,
+    scale,
+    zero,
+    offset,
+    step,
+    table,
+    row,
+    first,
+    in_rows,
+    chunks,
+    groups,
+    scale_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_GROUP: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Returns float32 [BLOCK_N, BLOCK_K] of rows `row` and the columns from `first` on.
+
+    Scales and zero points of rows that are not `in_rows` are not read.
+    """
+    low, high = load_words(words, plane, row, first, chunks, BITS, BLOCK_K)
+    codes = unpack_codes(low, high, BITS, table is not None, BLOCK_N, BLOCK_K, False)
+    if table is not None:
+        levels = tl.load((table + 16).to(tl.pointer_type(tl.float32)) + codes)
+    else:
+        levels = (codes - (1 << (BITS - 1))).to(tl.float32)
+    GROUPS: tl.constexpr = BLOCK_K // TILE_GROUP
+    group = tl.minimum((first + tl.arange(0, GROUPS) * TILE_GROUP) // GROUP, groups - 1)[None, :]
+    scales = load_scales(
+        scale,
+        offset,
+        step,
+        row[:, None],
+        group,
+        groups,
+        scale_stride,
+        in_rows[:, None],
+        SCALE_DTYPE,
+        SIGNED,
+    )
+    split = levels.reshape(BLOCK_N, GROUPS, TILE_GROUP)
+    if zero is not None:
+        zeros = tl.load(zero + group * scale_stride + row[:, None], mask=in_rows[:, None], other=0)
+        split -= (zeros.to(tl.float32) - (1 << (BITS - 1)))[:, :, None]
+    return (split * scales[:, :, None]).reshape(BLOCK_N, BLOCK_K)
+
+
 @triton.jit(do_not_specialize=["N", "K", "chunks", "groups"])
 def dequantize_kernel(
     words,
@@ -50,31 +104,28 @@ def dequantize_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
     in_rows = row < N
-    low, high = load_words(words, plane, row, first, chunks, BITS, BLOCK_K)
-    codes = unpack_codes(low, high, BITS, table is not None, BLOCK_N, BLOCK_K, False)
-    if table is not None:
-        levels = tl.load((table + 16).to(tl.pointer_type(tl.float32)) + codes)
-    else:
-        levels = (codes - (1 << (BITS - 1))).to(tl.float32)
-    GROUPS: tl.constexpr = BLOCK_K // TILE_GROUP
-    group = tl.minimum((first + tl.arange(0, GROUPS) * TILE_GROUP) // GROUP, groups - 1)[None, :]
-    scales = load_scales(
+    values = exact_tile(
+        words,
+        plane,
         scale,
+        zero,
         offset,
         step,
-        row[:, None],
-        group,
+        table,
+        row,
+        first,
+        in_rows,
+        chunks,
         groups,
         scale_stride,
-        in_rows[:, None],
+        BITS,
+        GROUP,
+        TILE_GROUP,
         SCALE_DTYPE,
         SIGNED,
+        BLOCK_N,
+        BLOCK_K,
     )
-    split = levels.reshape(BLOCK_N, GROUPS, TILE_GROUP)
-    if zero is not None:
-        zeros = tl.load(zero + group * scale_stride + row[:, None], mask=in_rows[:, None], other=0)
-        split -= (zeros.to(tl.float32) - (1 << (BITS - 1)))[:, :, None]
-    values = (split * scales[:, :, None]).reshape(BLOCK_N, BLOCK_K)
     column = first + tl.arange(0, BLOCK_K)
     target = out + row.to(tl.int64)[:, None] * K + column[None, :]
     mask = in_rows[:, None] & (column[None, :] < K)

@@ -89,9 +89,10 @@ def scaled_tile(
     return (split * scales[:, :, None]).to(DTYPE).reshape(BLOCK_N, TILE_K)
 
 
-@triton.jit(do_not_specialize=["M", "groups", "chunks"])
-def linear_kernel(
-    x,
+@triton.jit
+def multiply(
+    x_tile,
+    in_tokens,
     words,
     plane,
     scale,
@@ -99,17 +100,13 @@ def linear_kernel(
     offset,
     step,
     table,
-    bias,
-    out,
-    partial,
-    counters,
-    M,
-    N,
+    row,
+    in_rows,
+    first,
+    last,
     K,
-    rows,
     chunks,
     groups,
-    x_stride,
     scale_stride,
     ASM: tl.constexpr,
     BITS: tl.constexpr,
@@ -122,25 +119,19 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """See the head of this file. Grid: (rows / BLOCK_N, SPLIT, M / BLOCK_M).
+    """Returns the scaled products of weight rows and activations, float32 [BLOCK_N, BLOCK_M].
 
     Args:
-        x: DTYPE [M, K], rows `x_stride` apart.
-        words, plane, scale, zero, offset, step, table, counters: see `weight.FragmentWeight`.
-        bias: [N] or None.
-        out: [M, N], contiguous.
-        partial: float32 [SPLIT, BLOCK_M, rows], for SPLIT > 1.
+        x_tile: pointers to the first columns of the rows of activations, [1, BLOCK_M].
+        in_tokens: bool [BLOCK_M]; the others are read as zeros.
+        row: int32 [BLOCK_N], rows of the weight.
+        in_rows: bool [BLOCK_N]: rows whose scales and zero points may be read.
+        first, last: steps of 128 columns.
     """
     TILE_K: tl.constexpr = 64 if MODE == "post" and TILE_GROUP == 64 else 128
-    tile_n, part = tl.program_id(0), tl.program_id(1)
-    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = row < N
-    x_tile = x + token.to(tl.int64)[None, :] * x_stride
     levels = None if table is None else load_table(table, ASM, DTYPE)
     row_zero = None
     if MODE == "row":
@@ -150,12 +141,11 @@ def linear_kernel(
         if zero is not None:
             row_zero = tl.load(zero + row, mask=in_rows, other=0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    steps = chunks // 2
-    for i in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
+    for i in tl.range(first, last, num_stages=STAGES):
         for j in tl.static_range(128 // TILE_K):
             column = i * 128 + j * TILE_K
             k = column + tile_columns(TILE_K, WIDE)[:, None]
-            mask = token[None, :] < M
+            mask = in_tokens[None, :]
             if not EVEN_K:
                 mask = mask & (k < K)
             x_KM = tl.load(x_tile + k, mask=mask, other=0.0).to(DTYPE)
@@ -224,6 +214,93 @@ def linear_kernel(
                     acc += tl.dot(tile, x_KM, input_precision="ieee") * scales[:, None]
     if MODE == "row" and BLOCK_M > 32:
         acc *= row_scale[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "groups", "chunks"])
+def linear_kernel(
+    x,
+    words,
+    plane,
+    scale,
+    zero,
+    offset,
+    step,
+    table,
+    bias,
+    out,
+    partial,
+    counters,
+    M,
+    N,
+    K,
+    rows,
+    chunks,
+    groups,
+    x_stride,
+    scale_stride,
+    ASM: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_GROUP: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    MODE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """See the head of this file. Grid: (rows / BLOCK_N, SPLIT, M / BLOCK_M).
+
+    Args:
+        x: DTYPE [M, K], rows `x_stride` apart.
+        words, plane, scale, zero, offset, step, table, counters: see `weight.FragmentWeight`.
+        bias: [N] or None.
+        out: [M, N], contiguous.
+        partial: float32 [SPLIT, BLOCK_M, rows], for SPLIT > 1.
+    """
+    tile_n, part = tl.program_id(0), tl.program_id(1)
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < N
+    x_tile = x + token.to(tl.int64)[None, :] * x_stride
+    steps = chunks // 2
+    acc = multiply(
+        x_tile,
+        token < M,
+        words,
+        plane,
+        scale,
+        zero,
+        offset,
+        step,
+        table,
+        row,
+        in_rows,
+        part * steps // SPLIT,
+        (part + 1) * steps // SPLIT,
+        K,
+        chunks,
+        groups,
+        scale_stride,
+        ASM,
+        BITS,
+        DTYPE,
+        GROUP,
+        TILE_GROUP,
+        SCALE_DTYPE,
+        SIGNED,
+        MODE,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        STAGES,
+        WIDE,
+    )
     if SPLIT > 1:
         place = partial + tl.arange(0, BLOCK_M)[None, :] * rows + row[:, None]
         tl.store(place + part * (BLOCK_M * rows), acc)
