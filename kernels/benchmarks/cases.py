@@ -16,6 +16,7 @@ from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile
 from lowbit_kernels.gpu.ldlq import MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
+from lowbit_kernels.gpu.w8a8_kernels import quantize_rows_kernel, w8a8_kernel
 from lowbit_kernels.gpu.weight import Format
 
 NF4 = tuple(i / 15 for i in range(16))  # any sixteen values: a table is an argument
@@ -34,7 +35,7 @@ WEIGHT_TYPES = {
 
 def all_cases(target: str) -> list[KernelCase]:
     """Returns every case for `target`."""
-    return [*linear_cases(target), *dequantize_cases(), *ldlq_cases()]
+    return [*linear_cases(target), *dequantize_cases(), *ldlq_cases(), *w8a8_cases(target)]
 
 
 def absent(form: Format, coded: bool) -> dict[str, None]:
@@ -70,6 +71,8 @@ def linear_case(
 ) -> KernelCase:
     """Returns the fused kernel with tiles of 128 rows."""
     group = form.group_size or 128
+    if target == "sm_100" and form.group_size == 64 and (form.bits < 4 or not form.symmetric):
+        mode = "pre"  # as `matmul.constants` chooses
     asm = None
     if target != "gfx942":
         asm = decode_asm(
@@ -78,8 +81,6 @@ def linear_case(
             not form.symmetric and mode != "pre",
             form.codebook is not None,
         )
-    if target == "sm_100" and form.group_size == 64 and form.bits < 4:
-        mode = "pre"  # as `matmul.constants` chooses
     constants: dict[str, Any] = {
         "ASM": asm,
         "BITS": form.bits,
@@ -212,3 +213,59 @@ def ldlq_cases() -> list[KernelCase]:
         )
         for name, missing in (("ldlq asym", tables), ("ldlq codebook", ("zero",)))
     ]
+
+
+def w8a8_cases(target: str) -> list[KernelCase]:
+    """Returns the quantization of activations, a small split tile and the largest tile."""
+    pointers = {
+        "x": "*i8",
+        "x_scales": "*fp32",
+        "codes": "*i8",
+        "scales": "*fp16",
+        "out": "*bf16",
+        "workspace": "*i32",
+    }
+    tiles = [("w8a8, 16 tokens", 16, 64, 256, 4, 3, 4)]
+    # Where shared memory has no room for as many stages, the launcher lowers them.
+    stages = 4 if target in ("sm_80", "sm_90", "sm_100") else 2
+    if target == "sm_90":
+        tiles.append(("w8a8, 128 tokens, wide", 128, 256, 128, 8, 4, 1))
+    else:
+        tiles.append(("w8a8, 128 tokens", 128, 128, 128, 8, stages, 1))
+    cases = [
+        KernelCase(
+            name,
+            w8a8_kernel,
+            {**pointers, **dict.fromkeys(("counters", "M", "N", "K"), "i32")},
+            {
+                "bias": None,
+                "EVEN_K": True,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "GROUP_M": 8,
+                "SPLIT": split,
+                "STAGES": 1 if target == "gfx942" else stages,
+                **({} if split > 1 else {"workspace": None}),
+            },
+            {"num_warps": warps, "num_stages": 1 if target == "gfx942" else stages},
+            ("N", "K"),
+        )
+        for name, block_m, block_n, block_k, warps, stages, split in tiles
+    ]
+    quantize = KernelCase(
+        "quantize rows",
+        quantize_rows_kernel,
+        {
+            "x": "*bf16",
+            "codes": "*i8",
+            "scales": "*fp32",
+            "workspace": "*i32",
+            **dict.fromkeys(("K", "x_stride", "counters"), "i32"),
+            "static_scale": "fp32",
+        },
+        {"STATIC": False, "BLOCK_K": 4096},
+        {"num_warps": 4, "num_stages": 1},
+        ("K", "x_stride"),
+    )
+    return [quantize, *cases]

@@ -8,6 +8,8 @@ spends per weight.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -118,10 +121,25 @@ def compile_case(case: KernelCase, target: str) -> Code:
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=dict(case.options))
-    if target.startswith("gfx"):
-        return _amd(compiled)
-    return _nvidia(compiled, case)
+    compiled, report = _compile(source, target, dict(case.options))
+    return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, report, case)
+
+
+def _compile(source: Any, target: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Returns the compiled kernel and what the assembler said while it made this very code.
+
+    Assembling the PTX once more would not do: which assembler Triton takes and with which options
+    depends on the target and the version, and spills come and go with them.
+    """
+    with (
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # nothing is said about cached code
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return compiled, printed.getvalue()
 
 
 def _amd(compiled: Any) -> Code:
@@ -134,42 +152,29 @@ def _amd(compiled: Any) -> Code:
     return Code(numbers["vgpr_count"], spilled, compiled.metadata.shared)
 
 
-def _nvidia(compiled: Any, case: KernelCase) -> Code:
+def _nvidia(compiled: Any, report: str, case: KernelCase) -> Code:
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
         sass = _run("nvdisasm", "-c", str(cubin))
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        architecture = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])
-        assert architecture is not None
-        # Spills and serialised wgmma are only told while assembling.
-        report = _assemble(f"--gpu-name={architecture[1]}", str(ptx))
-    registers = re.search(r"REG:(\d+)", usage)
+    registers = re.findall(r"Used (\d+) registers", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert registers is not None, usage
-    assert spills, report
+    if len(registers) != 1 or len(spills) != 1:
+        raise RuntimeError(f"ptxas reported on no kernel, or on several: {report!r}")
     loop = main_loop(sass)
     per_weight = None
     if case.weights_per_step:
         threads = 32 * case.options["num_warps"]
         per_weight = len(loop) * threads / case.weights_per_step
-    warnings = tuple(line for line in report.splitlines() if "warning" in line or "C75" in line)
+    warnings = tuple(line for line in report.splitlines() if "warning" in line or "(C" in line)
     return Code(
-        registers=int(registers[1]),
-        spilled=sum(int(number) for pair in spills for number in pair),
+        registers=int(registers[0]),
+        spilled=sum(map(int, spills[0])),
         shared=compiled.metadata.shared,
         loop=tuple(loop),
         instructions_per_weight=per_weight,
         warnings=warnings,
     )
-
-
-def _assemble(*arguments: str) -> str:
-    """Returns what the assembler says; the newer of two where the wheel has one for Blackwell."""
-    names = ("ptxas-blackwell", "ptxas")
-    tool = next(name for name in names if (NVIDIA_TOOLS / name).exists())
-    return _run(tool, "-v", "-o", "/dev/null", *arguments)
 
 
 def _run(tool: str, *arguments: str) -> str:

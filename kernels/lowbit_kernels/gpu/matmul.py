@@ -145,12 +145,12 @@ def constants(
         # Above 64 rows, scaling every product costs more than scaling every weight.
         mode = "post" if columns >= 64 and block_m <= 64 else "pre"
         # Triton 3.6 to 3.9 abort while placing a tile of 64 columns decoded from one word per lane
-        # in the shared memory that tcgen05 reads.
-        if tcgen05 and columns == 64 and form.bits in (2, 3):
+        # in the shared memory that tcgen05 reads; with zero points 3.9 spills there.
+        if tcgen05 and columns == 64 and (form.bits < 4 or not form.symmetric):
             mode = "pre"
     asymmetric = not form.symmetric and mode != "pre"
     asm = None
-    if not _plain_triton():
+    if not _plain_triton() and dtype != "fp32":
         asm = decode_asm(form.bits, dtype, asymmetric, form.codebook is not None)
     return {
         "ASM": asm,
@@ -163,6 +163,27 @@ def constants(
         "MODE": mode,
         # Columns of a lane stay within groups of 16.
         "WIDE": wide and columns >= 16,
+    }
+
+
+def tile_constants(x: Tensor, weight: FragmentWeight, tile: Tile) -> dict[str, Any]:
+    """Returns all compile-time arguments of a fused product of `x` and `weight`, and num_warps."""
+    groups, device = weight.scale.shape[0], x.device.index or 0
+    return {
+        **constants(
+            weight.format,
+            groups,
+            _FUSED_DTYPES.get(x.dtype, "fp32"),
+            tile.block_m,
+            _multiplies_with_mma_sync(device),
+            _multiplies_with_tcgen05(device),
+        ),
+        "EVEN_K": weight.words.shape[1] * CHUNK == weight.in_features,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "SPLIT": tile.split,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
     }
 
 
@@ -187,10 +208,6 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
     if tile.split > 1:
         partial = x_MK.new_empty((tile.split, tile.block_m, rows), dtype=torch.float32)
     coded = weight.scale.dtype == torch.uint8
-    groups, chunks = weight.scale.shape[0], weight.words.shape[1]
-    device = x_MK.device.index or 0
-    wide, tcgen05 = _multiplies_with_mma_sync(device), _multiplies_with_tcgen05(device)
-    dtype = _FUSED_DTYPES.get(x_MK.dtype, "fp32")
     linear_kernel[(rows // tile.block_n, tile.split, triton.cdiv(M, tile.block_m))](
         x_MK,
         weight.words,
@@ -208,17 +225,11 @@ def run_fused(x_MK: Tensor, weight: FragmentWeight, bias: Tensor | None, tile: T
         N,
         K,
         rows,
-        chunks,
-        groups,
+        weight.words.shape[1],
+        weight.scale.shape[0],
         x_MK.stride(0),
         weight.scale.stride(0),
-        **constants(weight.format, groups, dtype, tile.block_m, wide, tcgen05),
-        EVEN_K=chunks * CHUNK == K,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        SPLIT=tile.split,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **tile_constants(x_MK, weight, tile),
     )
     return out
 
