@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,39 @@ def kill_resume(result: dict[str, Any]) -> str:
     )
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """Returns the code of the fused kernels for sm_90, from `inspect_kernels.py`."""
+    entries = result["kernels"]
+    fused = [
+        entry
+        for entry in entries
+        if entry["target"] == "sm_90" and entry["instructions_per_weight"] is not None
+    ]
+    rows = [
+        [
+            entry["case"],
+            f"{entry['instructions_per_weight']:.2f}",
+            str(entry["registers"]),
+            f"{entry['shared'] / 1024:.0f}",
+        ]
+        for entry in fused
+    ]
+    title = (
+        f"{len({entry['case'] for entry in entries})} kernels, compiled for "
+        f"{len({entry['target'] for entry in entries})} targets: "
+        f"{sum(entry['spilled'] > 0 for entry in entries)} of {len(entries)} spill registers. The "
+        f"fused ones on sm_90; {sum(entry['multiplies_from_registers'] for entry in fused)} of "
+        f"{len(fused)} feed wgmma from registers:\n\n"
+    )
+    header = ["", "instructions per weight", "registers", "shared, KiB"]
+    return title + markdown_table(header, rows) + "\n\n" + footnote(result, ("triton",))
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "memory": memory,
     "kill_resume": kill_resume,
+    "kernels": kernels,
 }
 
 
@@ -113,16 +142,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
-def footnote(result: dict[str, Any]) -> str:
-    """Returns how and where a result was measured."""
+def footnote(result: dict[str, Any], packages: Sequence[str] = ("torch", "transformers")) -> str:
+    """Returns how and where a result was measured, with the versions of `packages`."""
     origin = result["provenance"]
     device, versions = origin["device"], origin["versions"]
     place = device["gpu"] or f"{device['cpu']}, {device['cores']} cores"
     commit = (origin["commit"] or "unknown")[:12]
-    return (
-        f"<sub>`{result['command']}`, {place}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {commit}, {origin['date']}.</sub>"
-    )
+    used = ", ".join(f"{package} {versions[package]}" for package in packages)
+    return f"<sub>`{result['command']}`, {place}, {used}, commit {commit}, {origin['date']}.</sub>"
 
 
 def render(text: str, results: Path) -> str:
