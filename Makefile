@@ -3,6 +3,7 @@
 #   make demo      quantize the bundled model and compare (about three minutes on two cores)
 #   make test      the whole test suite
 #   make lint      ruff and mypy
+#   make bench-gpu measure the kernels, a decoder and GPTQ on a GPU (docs/benchmarks-gpu.md)
 #   make clean     remove the environment and everything generated
 #
 # Variables:
@@ -10,6 +11,8 @@
 #   TORCH='...'           what pip installs as torch. On Linux the default brings CUDA, several GB.
 #                         Without a GPU:
 #     make demo TORCH='torch --extra-index-url https://download.pytorch.org/whl/cpu'
+#   BENCH_PYTHON=python3  what runs bench-gpu, instead of .venv: nothing is installed then
+#   BENCH='--tune'        arguments of bench-gpu
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -17,8 +20,10 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BENCH_PYTHON ?= $(BIN)/python
+BENCH ?=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,8 +40,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed-bench)
+	$(BENCH_PYTHON) kernels/benchmarks/gpu.py $(BENCH)
+
 clean:
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than what they were made from, so a second call costs nothing.
@@ -48,6 +56,11 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the tools for tests and lint into $(VENV)"
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	@echo "installing what bench-gpu draws with into $(VENV)"
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 $(BIN)/python:
