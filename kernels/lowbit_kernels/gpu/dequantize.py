@@ -7,6 +7,8 @@ which leaves time enough for unpacking without inline assembly.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -140,11 +142,24 @@ def tile_group(group_size: int, columns: int) -> int:
     return width
 
 
-def dequantize_into(weight: FragmentWeight, out: Tensor) -> Tensor:
-    """Writes the weight into `out` `[N, K]`, contiguous, fp16, bf16 or fp32, and returns it."""
-    size, form = (weight.out_features, weight.in_features), weight.format
+def exact_constants(weight: FragmentWeight) -> dict[str, Any]:
+    """Returns the compile-time arguments of `exact_tile` that depend on the weight."""
+    form = weight.format
     # One scale per row: the kernel is the same for every K.
     group_size = BLOCK_K if weight.scale.shape[0] == 1 else form.group_size
+    return {
+        "BITS": form.bits,
+        "GROUP": group_size,
+        "TILE_GROUP": tile_group(group_size, BLOCK_K),
+        "SCALE_DTYPE": TRITON_DTYPES[form.torch_scale_dtype],
+        "SIGNED": form.signed_scales,
+        "BLOCK_K": BLOCK_K,
+    }
+
+
+def dequantize_into(weight: FragmentWeight, out: Tensor) -> Tensor:
+    """Writes the weight into `out` `[N, K]`, contiguous, fp16, bf16 or fp32, and returns it."""
+    size = (weight.out_features, weight.in_features)
     coded = weight.scale.dtype == torch.uint8
     dequantize_kernel[(triton.cdiv(size[0], BLOCK_N), triton.cdiv(size[1], BLOCK_K))](
         weight.words,
@@ -159,12 +174,7 @@ def dequantize_into(weight: FragmentWeight, out: Tensor) -> Tensor:
         weight.words.shape[1],
         weight.scale.shape[0],
         weight.scale.stride(0),
-        BITS=form.bits,
-        GROUP=group_size,
-        TILE_GROUP=tile_group(group_size, BLOCK_K),
-        SCALE_DTYPE=TRITON_DTYPES[form.torch_scale_dtype],
-        SIGNED=form.signed_scales,
+        **exact_constants(weight),
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
     )
     return out

@@ -93,11 +93,36 @@ def choose(
         rows: stored rows of the weight.
         columns: stored columns.
     """
-    name, processors = _device(device_index)
-    entry = table(name, triton.__version__, _family(device_index))
+    entry = _entry(device_index)
     limits = entry["fused_up_to"]
     if block_m_holds > limits.get(kind, limits["default"]):
         return None
+    return _tile(device_index, kind, block_m_holds, rows, columns, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_for_experts(
+    device_index: int, kind: str, block_m_holds: int, rows: int, columns: int, experts: int
+) -> Tile:
+    """Returns the tile for products with many weights in one launch, which are never decoded whole.
+
+    Args:
+        device_index, kind, columns: as for `choose`.
+        block_m_holds: activations per expert, rounded up likewise.
+        rows: stored rows of one expert.
+        experts: how many have activations, at most.
+    """
+    return _tile(device_index, kind, block_m_holds, rows, columns, experts)
+
+
+def _entry(device_index: int) -> dict[str, Any]:
+    return table(_device(device_index)[0], triton.__version__, _family(device_index))
+
+
+def _tile(
+    device_index: int, kind: str, block_m_holds: int, rows: int, columns: int, weights: int
+) -> Tile:
+    entry = _entry(device_index)
     tiles = {**entry["tiles"], **entry["kinds"].get(kind, {})}
     block_m = min((int(m) for m in tiles if int(m) >= block_m_holds), default=0)
     block_m = block_m or max(int(m) for m in tiles)
@@ -105,8 +130,8 @@ def choose(
     block_n = chosen["block_n"] if rows % chosen["block_n"] == 0 else 64
     split = 1
     if block_m_holds <= min(block_m, 64):
-        wanted = processors * chosen["programs_per_sm"]
+        wanted = _device(device_index)[1] * chosen["programs_per_sm"]
         # No more programs than run at once: the rest would be a second, nearly empty wave. A step
         # is 128 columns; a program should have a few to keep loads in flight.
-        split = max(1, min(wanted // (rows // block_n), columns // 128 // 4))
+        split = max(1, min(wanted // (weights * rows // block_n), columns // 128 // 4))
     return Tile(block_m, block_n, chosen["warps"], chosen["stages"], split)
