@@ -1,0 +1,1 @@
+"""Native kernels for CPUs: C++ sources, and what builds and calls them."""
