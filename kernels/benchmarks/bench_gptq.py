@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,13 @@ def _possible_blocks(
     trial: dict[str, Any], seconds: float, free: int, shape: dict[str, Any], blocks: int
 ) -> int:
     """Returns how many blocks fit into the time and on the disk, judged by the trial."""
-    per_block = trial["seconds"] / trial["blocks_run"] + WRITE_SECONDS
+    # The last block of the trial: what the first one compiled is there.
+    per_block = trial["seconds_per_file"][trial["blocks_run"]] + WRITE_SECONDS
+    around = trial["seconds"] - trial["blocks_run"] * trial["seconds_per_file"][trial["blocks_run"]]
+    in_time = int((CAUTION * seconds - max(around, 0.0)) / per_block)
     fixed = 2 * shape["vocab_size"] * shape["hidden_size"] * 2
     on_disk = 2 * _block_bytes(shape)  # read, and written again in fewer bits
-    return min(blocks, int(CAUTION * seconds / per_block), int((free - 3 * fixed) / on_disk))
+    return min(blocks, in_time, int((free - 3 * fixed) / on_disk))
 
 
 def _quantize(
@@ -101,11 +105,14 @@ def _quantize(
     seconds = time.monotonic() - begin
     peak = torch.cuda.max_memory_allocated() if timing.on_gpu() else 0
     part.say(f"{blocks} blocks quantized in {seconds:.1f} s")
+    # A file is finished when its piece is: what is outside the blocks, each block, the head.
+    ends = sorted(file.stat().st_mtime for file in output.glob("*.safetensors"))
     shutil.rmtree(model)
     shutil.rmtree(output)
     return {
         "blocks_run": blocks,
         "seconds": round(seconds, 2),
+        "seconds_per_file": [0.0, *(round(b - a, 2) for a, b in pairwise(ends))],
         "writing_the_checkpoint_seconds": round(written, 2),
         "peak_gpu_gb": round(peak / 1e9, 3),
         "bits_per_weight": round(result.bits_per_weight, 4),

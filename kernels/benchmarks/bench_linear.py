@@ -33,7 +33,7 @@ BASELINE = "bf16"
 # Peers are made for decoding; some of them tune themselves for seconds per number of tokens.
 MAX_PEER_TOKENS = 64
 # A peer that took this long to prepare and to run for the first time is given up.
-MAX_PEER_SECONDS = 40.0
+MAX_PEER_SECONDS = 60.0
 # What one shape and number of tokens takes, roughly; what does not fit is left out and listed.
 SECONDS_PER_POINT = 0.4
 
@@ -50,11 +50,22 @@ class Machine:
         return max(moved / self.bandwidth, 2.0 * tokens * shape.rows * shape.columns / self.flops)
 
 
-def run(settings: Settings, part: Part) -> None:
-    """Measures forward and backward; sets `copy_bandwidth`, `rows`, `backward` and `left_out`."""
-    part.results |= {"rows": [], "backward": [], "peers": {}, "left_out": []}
+def run(settings: Settings, part: Part, tuning_peers: bool = False) -> None:
+    """Measures the forward pass; sets `rows`, `peers`, `left_out` and what the machine can do.
+
+    Args:
+        settings: of the run.
+        part: takes the results.
+        tuning_peers: measure only the peers that tune themselves, and what compares with them.
+    """
+    part.results |= {"rows": [], "peers": {}, "left_out": []}
     schemes = [name for name in settings.schemes if name not in settings.refused]
-    peers = _available_peers(part, settings)
+    peers = _available_peers(part, settings, tuning_peers)
+    if tuning_peers:
+        comparable = {peer.comparable for peer in PEERS if peer.name in peers}
+        schemes = [scheme for scheme in schemes if scheme in comparable]
+        if not peers:
+            return
     timing.warm_up()
     bandwidth = timing.copy_bandwidth(settings.smoke)
     machine = Machine(bandwidth, timing.matmul_rate(settings.smoke))
@@ -105,10 +116,12 @@ def run_backward(settings: Settings, part: Part) -> None:
         part.save()
 
 
-def _available_peers(part: Part, settings: Settings) -> dict[str, Callable[..., Prepared]]:
+def _available_peers(
+    part: Part, settings: Settings, tuning: bool
+) -> dict[str, Callable[..., Prepared]]:
     """Returns the peers that can run; why others cannot is recorded."""
     found = {}
-    for peer in PEERS:
+    for peer in [peer for peer in PEERS if peer.tunes == tuning]:
         reason = peer.refusal() if not settings.smoke or peer.on_cpu else "needs a GPU"
         entry: dict[str, Any] = {"available": reason is None, "comparable": peer.comparable}
         entry |= {"version": peer.version()} if reason is None else {"reason": reason}

@@ -11,12 +11,13 @@ each, and while they run. The exit status is 1 if something failed; missed targe
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from model_shapes import SCHEMES  # noqa: E402
 from parts import DeadDeviceError, OutOfTimeError, Part, Settings, write_json  # noqa: E402
 from processes import DEAD_DEVICE_STATUS, Job, merged, run_all  # noqa: E402
 from report import tables  # noqa: E402
+from roofline import draw  # noqa: E402
 from targets import judge_all  # noqa: E402
 
 from scripts.provenance import provenance  # noqa: E402
@@ -52,6 +54,7 @@ LIMITS = {
     "decoder": 70.0,
     "gptq": 220.0,
     "extra": 30.0,
+    "peers": 60.0,
     "compiled": 300.0,
 }
 ON_REQUEST = ("tests", "tune")
@@ -62,9 +65,9 @@ RESTARTS = 2
 COMMAND = "python kernels/benchmarks/gpu.py"
 
 
-def run_part(name: str, settings: Settings, file: Path, seconds: float, share: str) -> int:
-    """Runs one part in this process and returns its exit status."""
-    part = Part(name, file, seconds)
+def run_part(name: str, settings: Settings, file: Path, until: float, share: str) -> int:
+    """Runs one part in this process and returns its exit status; `until` as of `time.time()`."""
+    part = Part(name, file, until - time.time())
     status = 0
     try:
         _run(name, settings, part, share)
@@ -95,10 +98,14 @@ def _run(name: str, settings: Settings, part: Part, share: str) -> None:
         import tune
 
         tune.run(settings, part)
-    elif name in ("linear", "backward"):
+    elif name in ("linear", "peers"):
         import bench_linear
 
-        (bench_linear.run if name == "linear" else bench_linear.run_backward)(settings, part)
+        bench_linear.run(settings, part, tuning_peers=name == "peers")
+    elif name == "backward":
+        import bench_linear
+
+        bench_linear.run_backward(settings, part)
     elif name == "extra":
         import bench_extra
 
@@ -155,6 +162,7 @@ class Benchmark:
 
     def run(self, names: Sequence[str]) -> None:
         """Runs the parts `names` in order, as long as there is time."""
+        self.result["checked"] = "check" in names
         for name in names:
             seconds = min(LIMITS[name], self.remaining)
             if seconds < SHORTEST_PART:
@@ -193,19 +201,11 @@ class Benchmark:
             write_json(self.out / tuned["file_name"], tuned["table"])
         if self.result.get("linear", {}).get("rows"):
             with self._guarded("roofline"):
-                self._draw()
+                draw(self.result, self.out / "roofline.png")
             self.save()
         with self._guarded("tables"):
             print(f"\n{tables(self.result)}\n", flush=True)
         print(f"wrote {self.out / 'bench-gpu.json'}", flush=True)
-
-    def _draw(self) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            self.result["no_picture"] = "matplotlib is not installed"
-            return
-        from roofline import draw
-
-        draw(self.result, self.out / "roofline.png")
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -268,7 +268,7 @@ class Benchmark:
         file = self.work / f"{label.replace(' ', '-')}.json"
         self.files.setdefault(name, []).append(file)
         command = [str(Path(__file__).resolve()), "--part", name, "--settings", settings.to_json()]
-        command += ["--file", str(file), "--seconds", str(seconds), "--share", share]
+        command += ["--file", str(file), "--until", str(time.time() + seconds), "--share", share]
         if settings.smoke:
             command.append("--smoke")
         return Job(label, command, file, seconds)
@@ -318,7 +318,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for internal in ("--part", "--settings", "--share"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     parsed.schemes = parsed.schemes.split(",")
@@ -335,15 +335,16 @@ def main(command_line: Sequence[str]) -> int:
     arguments = parse(command_line)
     if arguments.part:
         settings = Settings.from_json(arguments.settings)
-        return run_part(
-            arguments.part, settings, arguments.file, arguments.seconds, arguments.share
-        )
+        return run_part(arguments.part, settings, arguments.file, arguments.until, arguments.share)
     if not arguments.smoke and not torch.cuda.is_available():
         print(
             "no CUDA device: the benchmark needs a GPU; --smoke tests it without", file=sys.stderr
         )
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if threading.current_thread() is threading.main_thread():
+        # Ends the parts, too, and leaves the results that are there.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as work:
         benchmark = Benchmark(arguments, Path(work))
         try:

@@ -49,6 +49,7 @@ class Peer:
         prepare: (rows, columns, copies, device) -> what to time.
         reason: why it cannot run although it is installed, or None.
         on_cpu: whether the smoke test runs it.
+        tunes: whether it tunes itself when called, for seconds to minutes: it is measured apart.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Peer:
     prepare: Callable[[int, int, int, str], Prepared]
     reason: Callable[[], str | None] = lambda: None
     on_cpu: bool = False
+    tunes: bool = False
 
     def refusal(self) -> str | None:
         """Returns why the peer is not measured, or None."""
@@ -188,7 +190,7 @@ PEERS = (
         _bitsandbytes_reason,
     ),
     Peer("torch int4pack", "torch", "torch", "W4A16_G128", _prepare_tinygemm),
-    Peer("gemlite", "gemlite", "gemlite", "W4A16_G128", _prepare_gemlite),
+    Peer("gemlite", "gemlite", "gemlite", "W4A16_G128", _prepare_gemlite, tunes=True),
     Peer("marlin", "marlin", "marlin", "W4A16_G128", _prepare_marlin),
     Peer(
         "plain float32",

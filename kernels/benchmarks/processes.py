@@ -84,10 +84,9 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    # A group of its own, so that the children of a part can be ended with it.
-    return subprocess.Popen(
-        [sys.executable, "-u", *job.command], start_new_session=True, env=dict(os.environ)
-    )
+    # A group of its own, so that the children of a part can be ended with it. No session of its
+    # own: what ends everything in this one, after a time limit say, is to end the parts too.
+    return subprocess.Popen([sys.executable, "-u", *job.command], preexec_fn=os.setpgrp)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

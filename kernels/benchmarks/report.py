@@ -23,7 +23,8 @@ def _linear(result: dict[str, Any]) -> str:
         return ""
     ms = [m for m in SHOWN_MS if any(row["M"] == m for row in rows)]
     names = list(dict.fromkeys(row["name"] for row in rows))
-    big = [row for row in rows if large(row)] or rows
+    big = [row for row in rows if large(row)]
+    which, big = ("Linear layers of 25 MB and more", big) if big else ("Linear layers", rows)
     body = []
     for name in names:
         cells = [name]
@@ -36,7 +37,7 @@ def _linear(result: dict[str, Any]) -> str:
         body.append(cells)
     bandwidth = result["linear"].get("copy_bandwidth_gbps", 0)
     title = (
-        "Linear layers of 25 MB and more, geometric mean: share of the copy bandwidth "
+        f"{which}, geometric mean: share of the copy bandwidth "
         f"({bandwidth:,.0f} GB/s), speed beside cuBLAS bf16"
     )
     return f"{title}\n{table(['', *(f'M={m}' for m in ms)], body)}"

@@ -8,6 +8,7 @@ more, bands reach from the worst to the best of them.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ COLOURS = ("#0b6fa4", "#d1495b", "#3a7d44", "#8d5a97", "#c77d0a", "#4c5760", "#1
 def draw(result: dict[str, Any], file: Path) -> None:
     """Writes the picture of the linear layers in `result` to `file` (PNG).
 
+    Without matplotlib, `result["no_picture"]` says so.
+
     Raises:
         ValueError: there is nothing to draw.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        result["no_picture"] = "matplotlib is not installed"
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -76,13 +76,15 @@ def _field(
 
 def _against_peers(result: dict[str, Any]) -> Iterable[tuple[float, str]]:
     """Yields the time of each peer over that of the comparable scheme."""
-    peers = result.get("linear", {}).get("peers", {})
-    comparable = {name: peer["comparable"] for name, peer in peers.items()}
-    ours = {(r["name"], r["shape"], r["M"]): r["us"] for r in rows_of(result) if not r["peer"]}
-    for row in rows_of(result):
-        mine = ours.get((comparable.get(row["name"]), row["shape"], row["M"]))
-        if row["peer"] and row["M"] <= 64 and mine is not None:
-            yield row["us"] / mine, f"{row['name']} {row['shape']} M={row['M']}"
+    for part in ("linear", "peers"):
+        measured = result.get(part, {})
+        rows: Rows = measured.get("rows", [])
+        comparable = {name: p["comparable"] for name, p in measured.get("peers", {}).items()}
+        ours = {(r["name"], r["shape"], r["M"]): r["us"] for r in rows if not r["peer"]}
+        for row in rows:
+            mine = ours.get((comparable.get(row["name"]), row["shape"], row["M"]))
+            if row["peer"] and row["M"] <= 64 and mine is not None:
+                yield row["us"] / mine, f"{row['name']} {row['shape']} M={row['M']}"
 
 
 def _backward(result: dict[str, Any]) -> Iterable[tuple[float, str]]:

@@ -12,6 +12,7 @@ Without a GPU the same calls are timed by the wall clock, once each: for testing
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -66,12 +67,12 @@ class Replay:
     Args:
         run: starts them.
         calls: how many they are.
-        graph: what keeps the graph alive, None without one.
+        keeps: what has to stay alive with it: activations that a graph reads, for example.
     """
 
     run: Call
     calls: int
-    graph: Any = None
+    keeps: Any = None
 
 
 def significant(value: float) -> float:
@@ -115,7 +116,7 @@ def capture(calls: Sequence[Call], pool: Any = None) -> Replay:
         for call in calls:
             call()
         return Replay(lambda: [call() for call in calls], len(calls))
-    stream = torch.cuda.Stream()
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream), torch.no_grad():
@@ -133,7 +134,7 @@ def capture(calls: Sequence[Call], pool: Any = None) -> Replay:
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return Replay(graph.replay, len(calls), graph)
+    return Replay(graph.replay, len(calls), (graph, list(calls)))
 
 
 def measure(replays: Mapping[str, Replay]) -> dict[str, Timing]:
@@ -188,6 +189,12 @@ def warm_up(seconds: float = 1.0) -> None:
         for _ in range(20):
             torch.mm(x, x)
         torch.cuda.synchronize()
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """Returns the stream that captures: one, because the allocator keeps memory per stream."""
+    return torch.cuda.Stream()
 
 
 def _replayed(replay: Replay, times: int) -> list[float]:

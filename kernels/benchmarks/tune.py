@@ -126,7 +126,12 @@ def _tune_kind(kind: str, table: dict[str, Any], settings: Settings, part: Part)
         complete = {i: _mean(found) for i, found in times.items() if len(found) == len(weights)}
         ranked = sorted(complete, key=lambda index: complete[index])
         best = next(
-            (i for i in ranked if _runs_on_relatives(kind, entries[i], block_m, part)), None
+            (
+                i
+                for i in ranked
+                if _runs_on_relatives(kind, entries[i], block_m, settings.device, part)
+            ),
+            None,
         )
         if best is None:
             part.say(f"{kind}, BLOCK_M {block_m}: no tile ran on every shape")
@@ -147,9 +152,10 @@ def _tune_kind(kind: str, table: dict[str, Any], settings: Settings, part: Part)
     table["fused_up_to"][kind] = _switch_over(kind, chosen, weights, settings, part)
 
 
-def _runs_on_relatives(kind: str, entry: dict[str, int], block_m: int, part: Part) -> bool:
+def _runs_on_relatives(
+    kind: str, entry: dict[str, int], block_m: int, device: str, part: Part
+) -> bool:
     """Returns False for a tile with which one of the kind's other schemes does not run."""
-    device = "cuda" if timing.on_gpu() else "cpu"
     for scheme in RELATIVES[kind]:
         weight = random_weight(scheme, 256, 1024, device)
         tile = tile_of(entry, block_m, weight)

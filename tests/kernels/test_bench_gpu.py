@@ -22,6 +22,7 @@ sys.path.append(str(BENCHMARKS))
 
 import bench_gptq  # noqa: E402 - after the path
 import gpu  # noqa: E402
+import merge  # noqa: E402
 import processes  # noqa: E402
 import timing  # noqa: E402
 import tune  # noqa: E402
@@ -32,6 +33,7 @@ from parts import DeadDeviceError, OutOfTimeError, Part  # noqa: E402
 from targets import judge_all  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from lowbit.errors import LowbitError  # noqa: E402
 from lowbit.scheme import Scheme  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
@@ -96,6 +98,8 @@ def test_a_decoder_and_gptq_are_measured(tmp_path: Path) -> None:
     assert [row["batch"] for row in result["decoder"]["decode"]] == [1, 16]
     assert result["gptq"]["run"]["blocks_run"] == result["gptq"]["blocks"] == 2
     assert result["gptq"]["trial"]["blocks_run"] == 1
+    # What is outside the blocks, each block, and the head.
+    assert len(result["gptq"]["run"]["seconds_per_file"]) == 4
     assert 4 < result["gptq"]["run"]["bits_per_weight"] < 5
 
 
@@ -332,12 +336,36 @@ def test_targets_take_the_worst_value_that_they_speak_of() -> None:
     ]
 
 
+def result_of(commit: str, **parts: Any) -> dict[str, Any]:
+    versions = {"versions": {"torch": "2"}, "commit": commit}
+    base = {"gpu": {"name": "G"}, "provenance": versions, "smoke": False, "checked": True}
+    return {**base, "errors": {}, "seconds": {}, "left_out": ["gptq"], **parts}
+
+
+def test_runs_are_merged_part_by_part() -> None:
+    gptq = {"blocks": 32, "run": {"blocks_run": 32, "seconds": 100.0}}
+    old = {"rows": [row("W4A16_G128", 64, vs_bf16=1.0)]}
+    new = {"rows": [row("W4A16_G128", 64, vs_bf16=2.5)]}
+    first = result_of("c", linear=old, errors={"linear": {"a": "b"}, "tune": {"c": "d"}})
+    second = result_of("c", linear=new, gptq=gptq, seconds={"gptq": 110.0})
+    whole = merge.merge([first, second])
+    assert whole["linear"] == new
+    assert whole["gptq"] == gptq
+    assert whole["errors"] == {"tune": {"c": "d"}}
+    assert whole["left_out"] == []
+    measured = {t["target"]: t["met"] for t in whole["targets"] if t["met"] is not None}
+    assert list(measured.values()) == [True, True]
+    assert first["linear"] == old
+    with pytest.raises(LowbitError, match="result 2 has commit d"):
+        merge.merge([first, result_of("d")])
+
+
 def test_gptq_runs_as_many_blocks_as_fit() -> None:
     shape = dict(bench_gptq.LLAMA_8B)
-    trial = {"seconds": 8.0, "blocks_run": 2}
+    trial = {"seconds": 30.0, "blocks_run": 2, "seconds_per_file": [0.0, 20.0, 4.0, 2.0]}
     assert bench_gptq._possible_blocks(trial, 1000.0, 10**12, shape, 32) == 32
-    fits = bench_gptq._possible_blocks(trial, 60.0, 10**12, shape, 32)
-    assert 2 < fits < 60 / 4
+    fits = bench_gptq._possible_blocks(trial, 100.0, 10**12, shape, 32)
+    assert 2 < fits < (100 - 22) / 4
     assert bench_gptq._possible_blocks(trial, 1000.0, 10 * 10**9, shape, 32) < 10
 
 
