@@ -17,6 +17,7 @@ from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.weight import CHUNK
 from model_shapes import activation_dtype, random_weight, shapes, token_counts
 from parts import Part, Settings
+from random_tensors import normal
 from torch import Tensor
 
 from lowbit.backends.fragment import FragmentPrepared, format_of
@@ -58,7 +59,7 @@ def compile_kernels(scheme: str, settings: Settings, part: Part, share: tuple[in
     dtype = activation_dtype(settings.smoke)
     for tile in tiles:
         part.need(0.0, f"compiling {scheme}")
-        x = torch.randn(16, weight.in_features, device=settings.device).to(dtype)
+        x = normal((16, weight.in_features), settings.device, dtype)
         matmul.run_fused(x, weight, None, tile)
     matmul.dequantize(weight, dtype)
     return len(tiles)

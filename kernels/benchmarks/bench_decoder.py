@@ -15,6 +15,7 @@ import timing
 import torch
 from decoder_model import Decoding, build
 from parts import Part, Settings
+from random_tensors import integers
 from timing import Replay, significant
 
 BASELINE = "bf16"
@@ -57,7 +58,7 @@ def run(settings: Settings, part: Part, compiled: bool = False) -> None:
 
 def _measure_prefill(models: dict[str, Any], settings: Settings, part: Part) -> None:
     tokens = SMOKE_PREFILL if settings.smoke else PREFILL
-    ids = torch.randint(100, (1, tokens), device=settings.device)
+    ids = integers(0, 100, (1, tokens), settings.device)
     replays = {}
     for name, model in models.items():
         read = partial(_read, model, ids)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lowbit_kernels.gpu import matmul
 from model_shapes import activation_dtype, bytes_of, random_weight, shapes
 from parts import Part, Settings
+from random_tensors import integers, normal, uniform
 from torch import Tensor
 
 W8A8_MS, SMOKE_MS = (1, 16, 64, 256, 1024, 2048), (1, 17)
@@ -57,10 +58,10 @@ def _measure_w8a8(rows: int, columns: int, settings: Settings, part: Part) -> No
     dtype, device = activation_dtype(settings.smoke), settings.device
     number = timing.copies_needed(rows * columns)
     codes = [_random_int8((rows, columns), device) for _ in range(number)]
-    scale = torch.rand(rows, device=device, dtype=torch.float32) * 0.01
-    weights = [torch.randn(rows, columns, device=device, dtype=dtype) for _ in range(number)]
+    scale = uniform((rows,), device) * 0.01
+    weights = [normal((rows, columns), device, dtype) for _ in range(number)]
     for tokens in SMOKE_MS if settings.smoke else W8A8_MS:
-        x = torch.randn(tokens, columns, device=device).to(dtype)
+        x = normal((tokens, columns), device, dtype)
         _assert_close(w8a8_linear(x, codes[0], scale), x, codes[0], scale)
         times = timing.measure(
             {
@@ -98,7 +99,7 @@ def _measure_experts(scheme: str, settings: Settings, part: Part) -> None:
     stacked, stored = stack(parts), bytes_of(parts[0])
     del parts
     for batch in SMOKE_BATCHES if smoke else EXPERT_BATCHES:
-        x = torch.randn(batch * top_k, columns, device=device).to(dtype)
+        x = normal((batch * top_k, columns), device, dtype)
         routes = [_route(number, batch, top_k) for _ in range(2 if smoke else ROUTES)]
         on_device = [torch.tensor(route, dtype=torch.int32, device=device) for route in routes]
         exact = torch.einsum("tk,tnk->tn", x.double(), weights[on_device[0].long()].double())
@@ -129,4 +130,4 @@ def _route(experts: int, tokens: int, top_k: int) -> list[int]:
 
 
 def _random_int8(size: tuple[int, int], device: str) -> Tensor:
-    return torch.randint(-127, 128, size, dtype=torch.int8, device=device)
+    return integers(-127, 128, size, device, torch.int8)

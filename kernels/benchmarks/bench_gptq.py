@@ -19,6 +19,7 @@ import timing
 import torch
 from decoder_model import LLAMA_8B, SMOKE
 from parts import Part, Settings
+from random_tensors import normal
 
 from lowbit import quantize
 from lowbit.checkpoint.reader import INDEX_NAME
@@ -135,8 +136,7 @@ def write_random_llama(shape: dict[str, Any], directory: Path, settings: Setting
             for name, size in tensors.items():
                 drawn = torch.ones(size)
                 if len(size) > 1:
-                    drawn = torch.empty(size, device=settings.device, dtype=torch.bfloat16)
-                    drawn.normal_(0, STANDARD_DEVIATION)
+                    drawn = normal(size, settings.device, torch.bfloat16, STANDARD_DEVIATION)
                 writer.add(name, drawn.to("cpu", torch.bfloat16))
                 weight_map[name] = file.name
     write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})

@@ -26,6 +26,7 @@ from model_shapes import (
 )
 from parts import OutOfTimeError, Part, Settings
 from peers import PEERS, Prepared
+from random_tensors import normal
 from timing import Replay, significant
 from torch import Tensor
 
@@ -96,8 +97,8 @@ def run_backward(settings: Settings, part: Part) -> None:
     tokens = 32 if settings.smoke else BACKWARD_TOKENS
     dtype = activation_dtype(settings.smoke)
     for shape in [s for s in shapes(settings.smoke) if "smoke" in s.name or s.name[:2] == "8B"][:3]:
-        grad = torch.randn(tokens, shape.rows, device=settings.device, dtype=dtype)
-        weight_16 = torch.randn(shape.rows, shape.columns, device=settings.device, dtype=dtype)
+        grad = normal((tokens, shape.rows), settings.device, dtype)
+        weight_16 = normal((shape.rows, shape.columns), settings.device, dtype)
         for scheme in [s for s in settings.schemes if s not in settings.refused]:
             part.need(SECONDS_PER_POINT, f"backward of {shape.key}")
             with part.guarded(f"backward of {scheme} {shape.key}"):
@@ -177,7 +178,7 @@ def _measure_shape(
 
 def _captured(candidate: Prepared, shape: Shape, tokens: int, device: str, pool: Any) -> Replay:
     """Returns the graph of a candidate's launches on fresh activations."""
-    x = torch.randn(tokens, shape.columns, device=device).to(candidate.dtype)
+    x = normal((tokens, shape.columns), device, candidate.dtype)
     flops = 2.0 * tokens * shape.rows * shape.columns
     moved = _bytes_moved(candidate, shape, tokens)
     total = timing.launches(len(candidate.calls), moved, flops)
@@ -217,7 +218,7 @@ def _plain(shape: Shape, settings: Settings) -> Prepared:
     dtype = activation_dtype(settings.smoke)
     size = (shape.rows, shape.columns)
     number = timing.copies_needed(2 * math.prod(size))
-    weights = [torch.randn(size, device=settings.device, dtype=dtype) for _ in range(number)]
+    weights = [normal(size, settings.device, dtype) for _ in range(number)]
     calls = [partial(_linear_16, weight) for weight in weights]
     return Prepared(calls, 2 * math.prod(size), dtype)
 

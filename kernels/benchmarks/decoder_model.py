@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from random_tensors import integers, normal
 from torch import Tensor, nn
 
 from lowbit import prepare_model
@@ -88,9 +89,9 @@ def _quantize(model: nn.Module, scheme: Scheme, dtype: torch.dtype, device: str)
 def _random_stored(key: str, size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Returns random codes, or scales that keep activations at about their size."""
     if dtype == torch.int32:
-        return torch.randint(-(2**31), 2**31, size, dtype=dtype, device=device)
+        return integers(-(2**31), 2**31, size, device, dtype)
     if dtype == torch.uint8:
-        return torch.randint(256, size, dtype=dtype, device=device)
+        return integers(0, 256, size, device, dtype)
     if key == "weight_scale_step":
         return torch.full(size, 2e-5, dtype=dtype, device=device)
     if dtype == torch.int64:
@@ -101,7 +102,7 @@ def _random_stored(key: str, size: tuple[int, ...], dtype: torch.dtype, device: 
 def _random(parameter: Tensor, device: str) -> Tensor:
     if parameter.dim() == 1:
         return torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device=device).normal_(0, 0.02)
+    return normal(tuple(parameter.shape), device, parameter.dtype, 0.02)
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Decoding:
 
         device = model.device
         cache = StaticCache(config=model.config, max_cache_len=length)
-        ids = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
+        ids = integers(0, model.config.vocab_size, (batch, prompt), device.type)
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         position = torch.full((1, 1), prompt, device=device)

@@ -21,6 +21,7 @@ from lowbit_kernels.gpu.weight import (
     Format,
     FragmentWeight,
 )
+from random_tensors import integers, uniform
 from torch import Tensor
 
 from lowbit.backends.fragment import format_of
@@ -99,14 +100,14 @@ def random_weight(scheme: str | Scheme, rows: int, columns: int, device: str) ->
     padded = math.ceil(rows / ROW_PADDING) * ROW_PADDING
     chunks = math.ceil(columns / COLUMN_PADDING) * (COLUMN_PADDING // CHUNK)
     groups, lanes = form.groups(columns), (padded // STRIP, chunks, STRIP, LANES)
-    words = torch.randint(-(2**31), 2**31, (*lanes, form.words), dtype=torch.int32, device=device)
+    words = integers(-(2**31), 2**31, (*lanes, form.words), device, torch.int32)
     plane = None
     if form.bits == 3:
-        plane = torch.randint(-(2**15), 2**15, lanes, dtype=torch.int16, device=device)
+        plane = integers(-(2**15), 2**15, lanes, device, torch.int16)
     zero = None
     if not form.symmetric:
         size = (groups, padded)
-        zero = torch.randint(1 << form.bits, size, dtype=torch.uint8, device=device)
+        zero = integers(0, 1 << form.bits, size, device, torch.uint8)
     scale, offset, step = _random_scales(scheme, form, (groups, padded), rows, device)
     weight = FragmentWeight(
         format=form,
@@ -135,10 +136,10 @@ def _random_scales(
     scheme: Scheme, form: Format, size: tuple[int, int], rows: int, device: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not scheme.double_quant:
-        scale = torch.rand(size, device=device).mul_(0.01).add_(0.005)
+        scale = uniform(size, device).mul_(0.01).add_(0.005)
         return scale.to(form.torch_scale_dtype), None, None
     blocks = math.ceil(size[0] * rows / SCALE_BLOCK)
-    codes = torch.randint(256, size, dtype=torch.uint8, device=device)
+    codes = integers(0, 256, size, device, torch.uint8)
     offset = torch.full((blocks,), 0.005, dtype=torch.bfloat16, device=device)
     return codes, offset, torch.full_like(offset, 4e-5)
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from random_tensors import integers, normal, uniform
 from torch import Tensor
 
 GROUP = 128
@@ -82,7 +83,7 @@ def _prepare_bitsandbytes(rows: int, columns: int, copies: int, device: str) -> 
     """NF4, blocks of 64, float32 absmax: `bitsandbytes::gemm_4bit`."""
     import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401 - registers gemm_4bit
 
-    absmax = torch.rand(rows * columns // BLOCK, device=device) * 0.01
+    absmax = uniform((rows * columns // BLOCK,), device) * 0.01
     packed = [_bytes((rows * columns // 2, 1), device) for _ in range(copies)]
     scales = [absmax.clone() for _ in range(copies)]
 
@@ -105,7 +106,7 @@ def _bitsandbytes_reason() -> str | None:
 def _prepare_tinygemm(rows: int, columns: int, copies: int, device: str) -> Prepared:
     """4 bits with zero points in groups of 128: torch's `_weight_int4pack_mm` (tinygemm)."""
     aten = torch.ops.aten
-    pairs = torch.rand(columns // GROUP, rows, 2, device=device).to(torch.bfloat16) * 0.01
+    pairs = uniform((columns // GROUP, rows, 2), device).to(torch.bfloat16) * 0.01
     packed = []
     for _ in range(copies):
         packed.append(
@@ -136,8 +137,8 @@ def _prepare_gemlite(rows: int, columns: int, copies: int, device: str) -> Prepa
             input_dtype=gemlite.DType.FP16,
             output_dtype=gemlite.DType.FP16,
         )
-        codes = torch.randint(16, (rows, columns), dtype=torch.uint8, device=device)
-        scale = (torch.rand(size, device=device) * 0.01).to(half)
+        codes = integers(0, 16, (rows, columns), device, torch.uint8)
+        scale = (uniform(size, device) * 0.01).to(half)
         zero = torch.full(size, 8, dtype=half, device=device)
         layer.pack(codes, scale, zero, None)
         layers.append(layer)
@@ -150,7 +151,7 @@ def _prepare_marlin(rows: int, columns: int, copies: int, device: str) -> Prepar
     import marlin  # type: ignore[import-not-found]
 
     half = torch.float16
-    scale = torch.rand(columns // GROUP, rows, device=device).to(half) * 0.01
+    scale = uniform((columns // GROUP, rows), device).to(half) * 0.01
     size = (columns // 16, rows * 16 // 8)
     packed = [_bytes((size[0], 4 * size[1]), device).view(torch.int32) for _ in range(copies)]
     scales = [scale.clone() for _ in range(copies)]
@@ -167,13 +168,13 @@ def _prepare_marlin(rows: int, columns: int, copies: int, device: str) -> Prepar
 
 def _prepare_plain_cpu(rows: int, columns: int, copies: int, device: str) -> Prepared:
     """Stands for a peer in the smoke test, where none of the real ones runs."""
-    weights = [torch.randn(rows, columns, device=device) for _ in range(copies)]
+    weights = [normal((rows, columns), device) for _ in range(copies)]
     calls = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
     return Prepared(calls, weights[0].nbytes, torch.float32)
 
 
 def _bytes(size: tuple[int, ...], device: str) -> Tensor:
-    return torch.randint(256, size, dtype=torch.uint8, device=device)
+    return integers(0, 256, size, device, torch.uint8)
 
 
 def _not_smoke() -> str | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from random_tensors import integers, normal
 
 Call = Callable[[], Any]
 
@@ -32,6 +33,7 @@ ASSUMED_BANDWIDTH = 4e12
 MAX_LAUNCHES = 400
 MEASURE_SECONDS = 0.01
 REPEATS = (5, 21)
+_failed: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def capture(calls: Sequence[Call], pool: Any = None) -> Replay:
             # Ends the capture so that the stream can be used again; the first error is the cause.
             with contextlib.suppress(Exception):
                 graph.capture_end()
+            # The allocator may go on asking this graph whether memory is for it.
+            _failed.append(graph)
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
@@ -165,7 +169,7 @@ def copy_bandwidth(smoke: bool = False) -> float:
     """Returns bytes per second of a large copy on the device, counting reads and writes."""
     device = "cuda" if on_gpu() else "cpu"
     size = 1 << 16 if smoke else 1 << 31
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    source = integers(0, 256, (size,), device, torch.uint8)
     target = torch.empty_like(source)
     timing = measure({"copy": capture([lambda: target.copy_(source)])})["copy"]
     return 2 * size / timing.seconds
@@ -174,7 +178,8 @@ def copy_bandwidth(smoke: bool = False) -> float:
 def matmul_rate(smoke: bool = False) -> float:
     """Returns floating-point operations per second of a large cuBLAS bf16 product."""
     size, dtype = (64, torch.float32) if smoke else (8192, torch.bfloat16)
-    x, y = (torch.randn(size, size, device="cuda" if on_gpu() else "cpu").to(dtype) for _ in "xy")
+    device = "cuda" if on_gpu() else "cpu"
+    x, y = (normal((size, size), device, dtype) for _ in range(2))
     timing = measure({"mm": capture([lambda: torch.mm(x, y)])})["mm"]
     return 2.0 * size**3 / timing.seconds
 
@@ -183,7 +188,7 @@ def warm_up(seconds: float = 1.0) -> None:
     """Keeps the GPU busy until its clocks have left the idle state."""
     if not on_gpu():
         return
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    x = normal((4096, 4096), "cuda", torch.bfloat16)
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
         for _ in range(20):

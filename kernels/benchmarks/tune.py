@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import timing
-import torch
 import torch.nn.functional as F
 import triton
 from lowbit_kernels.gpu import configs, matmul
@@ -27,6 +26,7 @@ from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.weight import FragmentWeight
 from model_shapes import activation_dtype, bytes_of, copy_of, random_weight
 from parts import OutOfTimeError, Part, Settings
+from random_tensors import normal
 from torch import Tensor
 
 # The scheme that stands for each kind.
@@ -159,7 +159,7 @@ def _runs_on_relatives(
     for scheme in RELATIVES[kind]:
         weight = random_weight(scheme, 256, 1024, device)
         tile = tile_of(entry, block_m, weight)
-        x = torch.randn(block_m, 1024, device=device).to(activation_dtype(device == "cpu"))
+        x = normal((block_m, 1024), device, activation_dtype(device == "cpu"))
         try:
             if tile is None or not matmul.run_fused(x, weight, None, tile).isfinite().all():
                 return False
@@ -175,7 +175,7 @@ def _times(
     """Returns index of an entry -> seconds of a launch on `weights`, copies of one."""
     device = weights[0].words.device
     dtype = activation_dtype(device.type == "cpu")
-    x = torch.randn(block_m, weights[0].in_features, device=device).to(dtype)
+    x = normal((block_m, weights[0].in_features), device.type, dtype)
     replays = {}
     for index, entry in enumerate(entries):
         tile = tile_of(entry, block_m, weights[0])
@@ -207,7 +207,7 @@ def _switch_over(
                 continue
             tile = Tile(tile.block_m, tile.block_n, tile.warps, tile.stages, 1)
             dtype = activation_dtype(settings.smoke)
-            x = torch.randn(tokens, copies[0].in_features, device=settings.device).to(dtype)
+            x = normal((tokens, copies[0].in_features), settings.device, dtype)
             fused = [partial(matmul.run_fused, x, weight, None, tile) for weight in copies]
             whole = [partial(_decoded, x, weight) for weight in copies]
             times = timing.measure({"f": timing.capture(fused), "w": timing.capture(whole)})
@@ -280,7 +280,7 @@ def compile_share(index: int, number: int) -> None:
                 weights[key] = random_weight(scheme, *size, "cuda")
             weight = weights[key]
             tile = tile_of(entry, block_m, weight)
-            x = torch.randn(block_m, size[1], device="cuda").to(activation_dtype(smoke=False))
+            x = normal((block_m, size[1]), "cuda", activation_dtype(smoke=False))
             if tile is not None:
                 try:
                     matmul.run_fused(x, weight, None, tile)

@@ -166,6 +166,43 @@ def test_copies_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (number - 1) * size >= 3 * (60 << 20) or number == 2
 
 
+FAILING_CAPTURE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import timing, torch
+from random_tensors import normal
+x = torch.ones(1024, device="cuda")
+try:
+    timing.capture([lambda: x.sum().item()], torch.cuda.graph_pool_handle())
+except RuntimeError:
+    pass
+else:
+    sys.exit("a read on the host was captured")
+y = normal((1024,), "cuda")
+replay = timing.capture([lambda: x.add_(y)] * 3, torch.cuda.graph_pool_handle())
+before = x.clone()
+replay.run()
+torch.testing.assert_close(x, before + 3 * y)
+times = timing.measure({"add": replay, "copy": timing.capture([lambda: x.copy_(y)])})
+assert 0 < times["add"].low <= times["add"].seconds <= times["add"].high < 1e-3, times
+assert timing.copy_bandwidth() > 1e11
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_fails_does_not_spoil_the_next() -> None:
+    """In a process of its own, because it does spoil torch's default generator."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FAILING_CAPTURE, str(BENCHMARKS)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 class ReadsOnTheHost(TorchDispatchMode):
     """Fails where a value of a tensor is needed on the host: a CUDA graph could not hold that."""
 
