@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timing
 import torch.nn.functional as F
 import triton
+from compile_tiles import Entry, Launch, compile_all, tile_of
 from lowbit_kernels.gpu import configs, matmul
 from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.weight import FragmentWeight
@@ -53,10 +52,12 @@ SMALL = ((64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 4, 5), (128, 8, 4))
 LARGE = ((64, 4, 3), (128, 4, 3), (128, 8, 2), (128, 8, 3), (256, 8, 3))
 PROGRAMS = {16: (2, 4), 32: (2, 3), 64: (1, 2), 128: (1,)}
 SECONDS_PER_KIND = 10.0
-WORKERS = 12
+# Of the time that is left, for compiling.
+COMPILE_SHARE = 0.6
+RELATIVE_SHAPE, SMOKE_RELATIVE_SHAPE = (1024, 4096), (64, 128)
 
 
-def candidates(block_m: int, smoke: bool) -> list[dict[str, int]]:
+def candidates(block_m: int, smoke: bool) -> list[Entry]:
     """Returns the entries that are tried for one BLOCK_M, at most 20."""
     cuts = SMALL if block_m <= 32 else LARGE
     entries = [
@@ -65,18 +66,6 @@ def candidates(block_m: int, smoke: bool) -> list[dict[str, int]]:
         for programs in PROGRAMS[block_m]
     ]
     return entries[:2] if smoke else entries
-
-
-def tile_of(entry: dict[str, int], block_m: int, weight: FragmentWeight) -> Tile | None:
-    """Returns the tile that `configs.choose` makes of `entry`, None where it would make another."""
-    rows, columns = weight.padded_rows, weight.words.shape[1] * 64
-    if rows % entry["block_n"]:
-        return None
-    split = 1
-    if block_m <= 64:
-        wanted = configs._device(0)[1] * entry["programs_per_sm"]
-        split = max(1, min(wanted // (rows // entry["block_n"]), columns // 128 // 4))
-    return Tile(block_m, entry["block_n"], entry["warps"], entry["stages"], split)
 
 
 def run(settings: Settings, part: Part) -> None:
@@ -95,17 +84,19 @@ def run(settings: Settings, part: Part) -> None:
     }
     part.results |= {"times": [], "left_out": []}
     kinds = list(KINDS)[:1] if settings.smoke else list(KINDS)
-    if timing.on_gpu():
-        _compile_in_parallel(settings, part)
+    _compile(_candidate_launches(kinds), COMPILE_SHARE, part)
     timing.warm_up()
+    ranked: dict[str, dict[int, list[Entry]]] = {}
     for kind in kinds:
-        try:
+        with _as_far_as_time_goes(kind, part), part.guarded(kind):
             part.need(SECONDS_PER_KIND, f"tiles of {kind}")
-            with part.guarded(kind):
-                _tune_kind(kind, table, settings, part)
-        except OutOfTimeError as out:
-            part.say(str(out))
-            part.results["left_out"].append(kind)
+            ranked[kind] = _rank(kind, settings, part)
+    _compile(_relative_launches(ranked), COMPILE_SHARE / 2, part)
+    for kind, order in ranked.items():
+        with _as_far_as_time_goes(kind, part), part.guarded(kind):
+            chosen = _choose(kind, order, settings, part)
+            table["kinds"][kind] = {str(block_m): entry for block_m, entry in chosen.items()}
+            table["fused_up_to"][kind] = _switch_over(kind, chosen, settings, part)
         part.set("table", table)
     file_name = re.sub(r"[^a-z0-9]+", "-", f"{name}-{version}".lower()) + ".json"
     part.set("file_name", file_name)
@@ -113,10 +104,47 @@ def run(settings: Settings, part: Part) -> None:
         (configs.DIRECTORY / file_name).write_text(json.dumps(table, indent=2) + "\n")
 
 
-def _tune_kind(kind: str, table: dict[str, Any], settings: Settings, part: Part) -> None:
-    sizes = SMOKE_SHAPES if settings.smoke else SHAPES
-    weights = [_copies(KINDS[kind], size, settings) for size in sizes]
-    chosen: dict[str, dict[str, int]] = {}
+@contextmanager
+def _as_far_as_time_goes(kind: str, part: Part) -> Iterator[None]:
+    """Leaves `kind` out if time runs out: the table of the others is worth having."""
+    try:
+        yield
+    except OutOfTimeError as out:
+        part.say(str(out))
+        part.results["left_out"].append(kind)
+
+
+def _compile(launches: list[Launch], share: float, part: Part) -> None:
+    part.say(f"compiling {len(launches)} tiles")
+    done = compile_all(launches, share * part.remaining)
+    part.say("compiled" if done else "some are not compiled yet")
+
+
+def _candidate_launches(kinds: list[str]) -> list[Launch]:
+    return [
+        Launch(KINDS[kind], shape, block_m, entry)
+        for kind in kinds
+        for block_m in BLOCKS
+        for entry in candidates(block_m, smoke=False)
+        for shape in SHAPES
+    ]
+
+
+def _relative_launches(ranked: dict[str, dict[int, list[Entry]]]) -> list[Launch]:
+    """Returns the two best tiles of each kind on every other scheme of the kind."""
+    return [
+        Launch(scheme, RELATIVE_SHAPE, block_m, entry)
+        for kind, order in ranked.items()
+        for block_m, entries in order.items()
+        for entry in entries[:2]
+        for scheme in RELATIVES[kind]
+    ]
+
+
+def _rank(kind: str, settings: Settings, part: Part) -> dict[int, list[Entry]]:
+    """Returns BLOCK_M -> entries that run on every shape, the fastest first."""
+    weights = _weights(kind, settings)
+    order: dict[int, list[Entry]] = {}
     for block_m in SMOKE_BLOCKS if settings.smoke else BLOCKS:
         times: dict[int, list[float]] = {}
         entries = candidates(block_m, settings.smoke)
@@ -124,44 +152,36 @@ def _tune_kind(kind: str, table: dict[str, Any], settings: Settings, part: Part)
             for index, seconds in _times(entries, block_m, copies, part).items():
                 times.setdefault(index, []).append(seconds)
         complete = {i: _mean(found) for i, found in times.items() if len(found) == len(weights)}
-        ranked = sorted(complete, key=lambda index: complete[index])
-        best = next(
-            (
-                i
-                for i in ranked
-                if _runs_on_relatives(kind, entries[i], block_m, settings.device, part)
-            ),
-            None,
-        )
-        if best is None:
-            part.say(f"{kind}, BLOCK_M {block_m}: no tile ran on every shape")
-            continue
-        chosen[str(block_m)] = entries[best]
+        order[block_m] = [entries[i] for i in sorted(complete, key=lambda i: complete[i])]
         for index, seconds in complete.items():
-            part.add(
-                "times",
-                {
-                    "kind": kind,
-                    "block_m": block_m,
-                    **entries[index],
-                    "us": timing.significant(1e6 * seconds),
-                },
-            )
-        part.say(f"{kind}, BLOCK_M {block_m}: {entries[best]}")
-    table["kinds"][kind] = chosen
-    table["fused_up_to"][kind] = _switch_over(kind, chosen, weights, settings, part)
+            entry = {"kind": kind, "block_m": block_m, **entries[index]}
+            part.add("times", {**entry, "us": timing.significant(1e6 * seconds)})
+        part.say(f"{kind}, BLOCK_M {block_m}: {order[block_m][:1]}")
+        part.save()
+    return order
+
+
+def _choose(
+    kind: str, order: dict[int, list[Entry]], settings: Settings, part: Part
+) -> dict[int, Entry]:
+    """Returns BLOCK_M -> the fastest entry with which every scheme of the kind runs."""
+    chosen: dict[int, Entry] = {}
+    for block_m, entries in order.items():
+        for entry in entries:
+            part.need(0.0, f"the other schemes of {kind}")
+            if _runs_on_relatives(kind, entry, block_m, settings, part):
+                chosen[block_m] = entry
+                break
+    return chosen
 
 
 def _runs_on_relatives(
-    kind: str, entry: dict[str, int], block_m: int, device: str, part: Part
+    kind: str, entry: Entry, block_m: int, settings: Settings, part: Part
 ) -> bool:
-    """Returns False for a tile with which one of the kind's other schemes does not run."""
+    shape = SMOKE_RELATIVE_SHAPE if settings.smoke else RELATIVE_SHAPE
     for scheme in RELATIVES[kind]:
-        weight = random_weight(scheme, 256, 1024, device)
-        tile = tile_of(entry, block_m, weight)
-        x = normal((block_m, 1024), device, activation_dtype(device == "cpu"))
         try:
-            if tile is None or not matmul.run_fused(x, weight, None, tile).isfinite().all():
+            if not Launch(scheme, shape, block_m, entry).run(settings.device):
                 return False
         except Exception as error:
             part.add("failed", {"scheme": scheme, "block_m": block_m, **entry, "error": str(error)})
@@ -169,8 +189,13 @@ def _runs_on_relatives(
     return True
 
 
+def _weights(kind: str, settings: Settings) -> list[list[FragmentWeight]]:
+    sizes = SMOKE_SHAPES if settings.smoke else SHAPES
+    return [_copies(KINDS[kind], size, settings) for size in sizes]
+
+
 def _times(
-    entries: list[dict[str, int]], block_m: int, weights: list[FragmentWeight], part: Part
+    entries: list[Entry], block_m: int, weights: list[FragmentWeight], part: Part
 ) -> dict[int, float]:
     """Returns index of an entry -> seconds of a launch on `weights`, copies of one."""
     device = weights[0].words.device
@@ -189,20 +214,15 @@ def _times(
     return {int(index): found.seconds for index, found in timing.measure(replays).items()}
 
 
-def _switch_over(
-    kind: str,
-    chosen: dict[str, dict[str, int]],
-    weights: list[list[FragmentWeight]],
-    settings: Settings,
-    part: Part,
-) -> int:
+def _switch_over(kind: str, chosen: dict[int, Entry], settings: Settings, part: Part) -> int:
     """Returns the largest number of tokens at which the fused kernel is the faster one."""
-    largest = max((int(block_m) for block_m in chosen), default=0)
+    largest = max(chosen, default=0)
     limit = 64
+    weights = _weights(kind, settings)
     for tokens in SMOKE_SWITCH_MS if settings.smoke else SWITCH_MS:
         ratios = []
         for copies in weights:
-            tile = tile_of(chosen[str(largest)], largest, copies[0]) if largest else None
+            tile = tile_of(chosen[largest], largest, copies[0]) if largest else None
             if tile is None:
                 continue
             tile = Tile(tile.block_m, tile.block_n, tile.warps, tile.stages, 1)
@@ -235,54 +255,3 @@ def _copies(scheme: str, size: tuple[int, int], settings: Settings) -> list[Frag
 
 def _mean(values: list[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
-def _compile_in_parallel(settings: Settings, part: Part) -> None:
-    """Fills Triton's cache on disk from several processes: compiling takes most of the time."""
-    part.say("compiling the candidates")
-    code = "import sys, json, tune; tune.compile_share(int(sys.argv[1]), int(sys.argv[2]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    number = min(WORKERS, os.cpu_count() or 1)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(i), str(number)],
-            cwd=Path(__file__).parent,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for i in range(number)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(timeout=max(1.0, part.remaining - SECONDS_PER_KIND * len(KINDS)))
-    except subprocess.TimeoutExpired:
-        part.say("some candidates are not compiled yet")
-    finally:
-        for worker in workers:
-            worker.kill()
-    part.say("compiled")
-
-
-def compile_share(index: int, number: int) -> None:
-    """Launches every `number`-th candidate, for the sake of Triton's cache."""
-    launches = [
-        (scheme, block_m, entry)
-        for scheme in KINDS.values()
-        for block_m in BLOCKS
-        for entry in candidates(block_m, smoke=False)
-    ]
-    weights: dict[tuple[str, tuple[int, int]], FragmentWeight] = {}
-    for scheme, block_m, entry in launches[index::number]:
-        for size in SHAPES:
-            key = (scheme, size)
-            if key not in weights:
-                weights[key] = random_weight(scheme, *size, "cuda")
-            weight = weights[key]
-            tile = tile_of(entry, block_m, weight)
-            x = normal((block_m, size[1]), "cuda", activation_dtype(smoke=False))
-            if tile is not None:
-                try:
-                    matmul.run_fused(x, weight, None, tile)
-                except Exception:
-                    continue

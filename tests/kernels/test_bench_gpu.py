@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "kernels/benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_gptq  # noqa: E402 - after the path
+import compile_tiles  # noqa: E402
 import gpu  # noqa: E402
 import merge  # noqa: E402
 import processes  # noqa: E402
@@ -134,7 +135,25 @@ def test_tuning_cuts_up_a_product_as_the_tables_do(scheme: str) -> None:
         for block_m in (16, 32, 64, 128):
             entry = {**table["tiles"], **table["kinds"].get("int4", {})}[str(block_m)]
             chosen = configs.choose(0, "int4", block_m, weight.padded_rows, columns)
-            assert tune.tile_of(entry, block_m, weight) == chosen
+            assert compile_tiles.tile_of(entry, block_m, weight) == chosen
+
+
+@needs_interpreter
+def test_workers_launch_their_share_and_survive_what_fails(tmp_path: Path) -> None:
+    good = {"block_n": 64, "warps": 4, "stages": 2, "programs_per_sm": 2}
+    launches = [
+        {"scheme": scheme, "shape": [64, 256], "block_m": 16, "entry": entry}
+        for scheme, entry in (
+            ("W4A16_G128", good),
+            ("W4A16_G128", {**good, "block_n": 128}),  # does not divide the rows
+            ("W5A16", good),
+            ("NF4_DQ", good),
+        )
+    ]
+    file = tmp_path / "launches.json"
+    file.write_text(json.dumps(launches))
+    assert compile_tiles.work(str(file), "0", "1", "cpu") == 2
+    assert compile_tiles.work(str(file), "1", "2", "cpu") == 1
 
 
 @pytest.mark.parametrize("block_m", tune.BLOCKS)
@@ -316,6 +335,33 @@ def test_a_shape_that_loses_the_device_is_skipped_and_the_rest_measured(
     result = json.loads((tmp_path / "bench-gpu.json").read_text())
     assert {row["shape"] for row in result["linear"]["rows"]} == {"192x384"}
     assert list(result["errors"]) == ["linear"]
+
+
+def test_a_check_that_crashes_refuses_its_scheme_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = gpu.parse(["--out", str(tmp_path), "--schemes", "W4A16_G128,NF4_DQ"])
+    monkeypatch.setattr(gpu, "describe_gpu", dict)
+    benchmark = gpu.Benchmark(arguments, tmp_path)
+    shares: dict[str, list[str]] = {}
+
+    def start(jobs: Any) -> dict[str, int]:
+        for job in jobs:
+            settings = gpu.Settings.from_json(job.command[job.command.index("--settings") + 1])
+            (scheme,) = settings.schemes
+            shares.setdefault(scheme, []).append(job.command[job.command.index("--share") + 1])
+            if scheme == "W4A16_G128":
+                found = {scheme: {"M=1": 1.0}} if job.label.endswith(" 0") else {}
+                job.file.write_text(json.dumps({"errors": {}, "results": found}))
+        return {job.label: -11 if "NF4" in job.label else 0 for job in jobs}
+
+    monkeypatch.setattr(benchmark, "_start", start)
+    benchmark.run(["check"])
+    assert set(shares) == {"W4A16_G128", "NF4_DQ"}
+    for found in shares.values():
+        assert found == [f"{i}/{len(found)}" for i in range(len(found))]
+    assert benchmark.settings.refused == {"NF4_DQ": "the check ended with status -11"}
+    assert benchmark.result["check"]["results"] == {"W4A16_G128": {"M=1": 1.0}}
 
 
 @needs_interpreter
