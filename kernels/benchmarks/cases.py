@@ -7,12 +7,14 @@ weights 2.9 and 2-bit ones 1.95, so that codes narrower than 4 bits are bound by
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 import triton.language as tl
 from inspect_code import KernelCase
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile_group
+from lowbit_kernels.gpu.grouped import grouped_grad_kernel, grouped_linear_kernel
 from lowbit_kernels.gpu.ldlq import MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
@@ -35,7 +37,13 @@ WEIGHT_TYPES = {
 
 def all_cases(target: str) -> list[KernelCase]:
     """Returns every case for `target`."""
-    return [*linear_cases(target), *dequantize_cases(), *ldlq_cases(), *w8a8_cases(target)]
+    return [
+        *linear_cases(target),
+        *dequantize_cases(),
+        *ldlq_cases(),
+        *w8a8_cases(target),
+        *experts_cases(target),
+    ]
 
 
 def absent(form: Format, coded: bool) -> dict[str, None]:
@@ -269,3 +277,82 @@ def w8a8_cases(target: str) -> list[KernelCase]:
         ("K", "x_stride"),
     )
     return [quantize, *cases]
+
+
+ROUTE_TYPES = {
+    "expert_of_row": "*i32",
+    "order": "*i64",
+    "starts": "*i32",
+    "tile_ends": "*i32",
+    "token_of_row": "*i32",
+    "row_scale": "*fp32",
+    **dict.fromkeys(("R", "T", "experts"), "i32"),
+}
+# Rows of a step of decoding find their tiles themselves; those of a prompt have tables.
+FEW = {"order": None, "starts": None, "tile_ends": None, "BLOCK_R": 64, "BLOCK_E": 1}
+MANY = {"expert_of_row": None, "BLOCK_R": 1, "BLOCK_E": 128}
+
+
+def experts_cases(target: str) -> list[KernelCase]:
+    """Returns products with stacked experts, and the gradient of the activations."""
+
+    def case(
+        name: str, form: Format, mode: str = "post", route: Any = FEW, **options: Any
+    ) -> KernelCase:
+        fused = linear_case(f"experts {name}", target, form, mode, **options)
+        gone = ("offset", "step", "bias")
+        constants = {key: value for key, value in fused.constants.items() if key not in gone}
+        return dataclasses.replace(
+            fused,
+            kernel=grouped_linear_kernel,
+            types={**fused.types, **ROUTE_TYPES},
+            constants={**constants, **route},
+        )
+
+    int4, nf4 = Format(4, 128), Format(4, 64, NF4)
+    many: dict[str, Any] = {"route": MANY, "split": 1}
+    large = {"block_m": 32} if target == "gfx942" else {"block_m": 64, "warps": 8, "stages": 3}
+    cases = [
+        case("int4 g128", int4, budget=2.7),
+        case("int4 g128, a prompt", int4, **many, **large, budget=4.2),
+        experts_grad_case("nf4 g64, a prompt", nf4, 64, MANY),
+    ]
+    if target != "gfx942":  # with 3.9, scalar registers spill into vector registers there
+        cases.append(case("int4 asym g64", Format(4, 64, symmetric=False), budget=3.7))
+    if target == "sm_90":
+        cases += [
+            case("int3 g64", Format(3, 64), budget=3.8),
+            case("nf4 g64", nf4, budget=4.5),
+            case("int8 channel", Format(8, 0), "row", budget=3.3),
+            experts_grad_case("int4 g128", int4, 16, FEW),
+        ]
+    return cases
+
+
+def experts_grad_case(name: str, form: Format, block_m: int, route: dict[str, Any]) -> KernelCase:
+    """Returns the gradient of the activations for tiles of `block_m` rows."""
+    gone = ("offset", "step")
+    missing = {key: value for key, value in absent(form, False).items() if key not in gone}
+    constants = {
+        "BITS": form.bits,
+        "DTYPE": tl.bfloat16,
+        "GROUP": form.group_size,
+        "TILE_GROUP": tile_group(form.group_size, 128),
+        "SCALE_DTYPE": tl.float16,
+        "SIGNED": form.signed_scales,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 32,
+        "BLOCK_K": 128,
+        **missing,
+        **route,
+    }
+    numbers = ("N", "K", "rows", "chunks", "groups", "grad_stride", "scale_stride")
+    types = {**WEIGHT_TYPES, **ROUTE_TYPES, "grad": "*bf16", "out": "*fp32"}
+    return KernelCase(
+        f"experts' gradient {name}",
+        grouped_grad_kernel,
+        {**types, **dict.fromkeys(numbers, "i32")},
+        constants,
+        {"num_warps": 4, "num_stages": 1},
+        ("N", "K", "rows", "grad_stride", "scale_stride"),
+    )

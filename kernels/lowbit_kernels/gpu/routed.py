@@ -180,5 +180,6 @@ def run_grad(
         BLOCK_N=32,
         **tables.constants,
         num_warps=4,
+        num_stages=1,  # more in flight makes wgmma wait for each product (ptxas C7515)
     )
     return out
