@@ -122,15 +122,25 @@ def _run(name: str, settings: Settings, part: Part, share: str) -> None:
 
 def _run_tests(part: Part) -> None:
     """Runs the kernel tests that need a GPU, and keeps the end of what pytest prints."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-m", "gpu"]
     limit = max(part.remaining - 5, 1)
-    ran = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
-    )
-    part.set("output", ran.stdout[-4000:])
-    part.say(ran.stdout.strip().splitlines()[-1] if ran.stdout.strip() else "no output")
-    if ran.returncode:
-        part.results["errors"]["pytest"] = ran.stdout[-4000:] + ran.stderr[-2000:]
+    try:
+        ran = subprocess.run(
+            [*command, "tests/kernels"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit,
+            check=False,
+        )
+        said, failed = ran.stdout, ran.returncode != 0
+    except subprocess.TimeoutExpired as late:
+        said, failed = (late.stdout or b"") + b"\nnot done in time", True
+    output = said.decode(errors="replace").strip()
+    part.set("output", output[-4000:])
+    part.say(output.splitlines()[-1] if output else "no output")
+    if failed:
+        part.results["errors"]["pytest"] = output[-4000:]
 
 
 class Benchmark:
