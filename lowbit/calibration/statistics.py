@@ -16,6 +16,9 @@ from lowbit.errors import LowbitError
 MAX_DROPPED_FRACTION = 0.01
 # The fp32 copy of a chunk of tokens: 90 MB at 11008 features, small beside H (485 MB).
 TOKENS_PER_CHUNK = 2048
+# On a GPU every chunk also reads and writes H a few times, at 14336 features as long as the product
+# of 2048 tokens itself takes. This is more than calibration passes at once.
+LARGE_CHUNK = 8192
 
 
 class HessianAccumulator:
@@ -48,7 +51,8 @@ class HessianAccumulator:
             raise LowbitError(
                 f"calibration: got inputs of {x.shape[-1]} features, expected {self.in_features}"
             )
-        for chunk in x.detach().reshape(-1, self.in_features).split(TOKENS_PER_CHUNK):
+        size = TOKENS_PER_CHUNK if self._hessian.device.type == "cpu" else LARGE_CHUNK
+        for chunk in x.detach().reshape(-1, self.in_features).split(size):
             x_TK = chunk.to(self._hessian.device)
             finite = x_TK.float().square().sum(-1).isfinite()
             kept = int(finite.sum())

@@ -1,95 +1,156 @@
-"""GPTQ's inner loop as a kernel: against the eager loop, which has its own oracle in test_gptq."""
+"""GPTQ's inner loop as a kernel: against the eager loop, and the float64 oracle of test_gptq."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import numpy as np
+import oracles
 import pytest
 import torch
-from fragment_weights import needs_gpu
+from fragment_weights import DEVICE, needs_gpu
 from lowbit_kernels.gpu import ldlq
 from schemes import every_scheme
-from test_gptq import output_error
+from test_gptq import assert_same_up_to_ties, oracle_order, oracle_solution
 from test_rtn import statistics_of, weight_of
 
-from lowbit.algorithms import GPTQ
+from lowbit.algorithms import GPTQ, Statistics
 from lowbit.algorithms import ldlq as solver
-from lowbit.algorithms.ldlq import Factor, factorise, solve
+from lowbit.algorithms.ldlq import Factor, Solution, factorise, solve
 from lowbit.algorithms.scales import fit_grid
+from lowbit.quant import Grid
 from lowbit.scheme import Scheme
 
 # Sums in another order move a target by a few ulp of the largest term.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def factor_of(columns: int, seed: int, act_order: bool = True) -> Factor:
-    factor = factorise(statistics_of(columns, seed=seed).hessian, 0.01, act_order)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer to solve, on the CPU for the oracle and on the device for the solvers."""
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    act_order: bool
+    grid: Grid
+    factor: Factor
+
+    def solve(self, block_size: int, kernel: bool, patch: pytest.MonkeyPatch) -> Solution:
+        patch.setattr(solver, "_has_kernel", lambda device: kernel)
+        return solve(self.weight.to(DEVICE), self.grid, self.factor, block_size)
+
+    def values(self, solution: Solution) -> np.ndarray:
+        decoded: np.ndarray = self.grid.dequantize(solution.codes).double().cpu().numpy()
+        return decoded
+
+    def order(self) -> list[int]:
+        return oracle_order(self.hessian, self.act_order)
+
+
+def layer_of(
+    rows: int, columns: int, scheme: Scheme | str, seed: int, act_order: bool = True
+) -> Layer:
+    """Returns a random layer whose grid is fitted and whose H is factorised."""
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    weight = weight_of(rows, columns, seed=seed)
+    hessian = statistics_of(columns, seed=seed).hessian
+    factor = factorise(hessian, 0.01, act_order)
     assert factor is not None
-    return factor
-
-
-def both(
-    weight: torch.Tensor,
-    scheme: Scheme,
-    factor: Factor,
-    block_size: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[solver.Solution, solver.Solution]:
-    """Returns the solutions of the eager loop and of the kernel."""
     grid = fit_grid(weight, scheme, factor.importance())
-    monkeypatch.setattr(solver, "_has_kernel", lambda device: False)
-    eager = solve(weight, grid, factor, block_size)
-    monkeypatch.setattr(solver, "_has_kernel", lambda device: True)
-    return eager, solve(weight, grid, factor, block_size)
+    return Layer(weight, hessian, act_order, on_device(grid), on_device(factor))
 
 
-def require_same(eager: solver.Solution, kernel: solver.Solution, weight: torch.Tensor) -> None:
-    """Codes are equal until a target next to a tie falls to the other side, in that row."""
-    same = (eager.codes == kernel.codes).all(1)
-    assert same.float().mean() >= 0.8
-    torch.testing.assert_close(eager.targets[same], kernel.targets[same], **CLOSE)
-    assert kernel.loss == pytest.approx(eager.loss, rel=0.02)
+def on_device(holder: Any) -> Any:
+    """Returns the dataclass `holder` with its tensors on the device."""
+    tensors = {
+        field.name: getattr(holder, field.name).to(DEVICE)
+        for field in dataclasses.fields(holder)
+        if isinstance(getattr(holder, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(holder, **tensors)
+
+
+def require_same(layer: Layer, kernel: Solution, eager: Solution) -> None:
+    """Asserts that both chose the same values in every row, until a provable tie."""
+    found, expected = layer.values(kernel), layer.values(eager)
+    targets = eager.targets.double().cpu().numpy()
+    tied = assert_same_up_to_ties(found, expected, targets, layer.order())
+    assert tied <= 1 + len(found) // 8
+    same = (kernel.codes == eager.codes).all(1)
+    torch.testing.assert_close(kernel.targets[same], eager.targets[same], **CLOSE)
+    if tied == 0:
+        assert kernel.loss == pytest.approx(eager.loss, rel=1e-3)
 
 
 @every_scheme
 def test_every_scheme_is_solved_as_by_the_eager_loop(
     scheme: Scheme, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = weight_of(21, 96, seed=seed)
-    eager, kernel = both(weight, scheme, factor_of(96, seed), 32, monkeypatch)
-    require_same(eager, kernel, weight)
+    layer = layer_of(11, 72, scheme, seed)
+    kernel = layer.solve(32, True, monkeypatch)
+    assert int(kernel.codes.min()) >= scheme.code_min
+    assert int(kernel.codes.max()) <= scheme.code_max
+    require_same(layer, kernel, layer.solve(32, False, monkeypatch))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 40])
-@pytest.mark.parametrize(("columns", "block"), [(1, 128), (40, 7), (130, 128), (200, 1000)])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("name", ["W2A16_G64", "W3A16_ASYM_G64", "W4A16_G32", "NF4", "FP4"])
+def test_values_are_those_of_the_oracle(
+    name: str, act_order: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(9, 75, name, seed, act_order)
+    solution = layer.solve(32, True, monkeypatch)
+    expected, targets = oracle_solution(
+        layer.weight, cpu_grid(layer), layer.hessian, 0.01, act_order
+    )
+    values = layer.values(solution)
+    assert assert_same_up_to_ties(values, expected, targets, layer.order()) <= 2
+    untied = np.abs(values - expected).max(1) < 1e-6
+    found = solution.targets.double().cpu().numpy()
+    assert np.abs(found - targets)[untied].max() < 1e-4
+
+
+def cpu_grid(layer: Layer) -> Grid:
+    """Returns the grid where the oracle can read it."""
+    zeros = None if layer.grid.zeros is None else layer.grid.zeros.cpu()
+    return Grid(layer.grid.scheme, layer.grid.in_features, layer.grid.scales.cpu(), zeros)
+
+
+# Fewer rows than a program takes, as many, and a last program that is not full; one column, blocks
+# that are not a power of two, and more columns per block than a launch visits.
+@pytest.mark.parametrize("rows", [1, 8, 19])
+@pytest.mark.parametrize(("columns", "block"), [(1, 128), (40, 7), (200, 1000)])
 def test_ragged_sizes(
     rows: int, columns: int, block: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = weight_of(rows, columns, seed=seed)
-    scheme = Scheme.parse("W4A16_ASYM_G32")
-    eager, kernel = both(weight, scheme, factor_of(columns, seed), block, monkeypatch)
-    if rows >= 16:
-        require_same(eager, kernel, weight)
-    assert kernel.codes.min() >= scheme.code_min
-    assert kernel.codes.max() <= scheme.code_max
+    layer = layer_of(rows, columns, "W4A16_ASYM_G32", seed)
+    kernel = layer.solve(block, True, monkeypatch)
+    require_same(layer, kernel, layer.solve(block, False, monkeypatch))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_algorithm_loses_nothing_by_the_kernel(
     act_order: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, statistics = weight_of(48, 160, seed=seed), statistics_of(160, seed=seed)
+    weight, statistics = weight_of(32, 160, seed=seed), statistics_of(160, seed=seed)
+    there = Statistics(statistics.hessian.to(DEVICE), statistics.tokens)
     errors = []
-    for has_kernel in (False, True):
-        monkeypatch.setattr(solver, "_has_kernel", lambda device, there=has_kernel: there)
-        result = GPTQ(act_order=act_order).quantize(weight, Scheme.parse("W3A16_G32"), statistics)
-        errors.append(output_error(weight, result, statistics))
+    for kernel in (False, True):
+        monkeypatch.setattr(solver, "_has_kernel", lambda device, kernel=kernel: kernel)
+        algorithm = GPTQ(act_order=act_order)
+        result = algorithm.quantize(weight.to(DEVICE), Scheme.parse("W3A16_G32"), there)
+        decoded = result.grid.dequantize(result.codes).double().cpu().numpy()
+        hessian = statistics.hessian.double().numpy()
+        errors.append(oracles.output_error(weight.double().numpy(), decoded, hessian))
     assert errors[1] == pytest.approx(errors[0], rel=0.03)
 
 
 def block_of(rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
-    """Returns the arguments of one block with a grid of step 0.1."""
+    """Returns the arguments of one block with a grid of step 0.1; its outputs are poisoned."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(columns, rows, generator=generator)
-    return {
+    block = {
         "target": target,
         "residual": target + 0.01 * torch.randn(columns, rows, generator=generator),
         "codes": torch.full((columns, rows), 99, dtype=torch.int8),
@@ -98,6 +159,7 @@ def block_of(rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
         "group": torch.zeros(columns, dtype=torch.int32),
         "scale": torch.full((1, rows), 0.1),
     }
+    return {name: tensor.to(DEVICE) for name, tensor in block.items()}
 
 
 def test_a_block_equals_the_recursion_in_float64(seed: int) -> None:
@@ -108,13 +170,35 @@ def test_a_block_equals_the_recursion_in_float64(seed: int) -> None:
         wanted = target[i] + inner[i, i + 1 :] @ residual[i + 1 :]
         # Follows the kernel's codes, so that one tie does not end the comparison.
         code = block["codes"][i].double()
-        assert ((wanted / 0.1).round().clamp(-8, 7) - code).abs().max() <= (
-            1 if ((wanted / 0.1) % 1 - 0.5).abs().min() < 1e-3 else 0
-        )
+        near_tie = ((wanted / 0.1) % 1 - 0.5).abs() < 1e-3
+        assert bool((((wanted / 0.1).round().clamp(-8, 7) == code) | near_tie).all())
         residual[i] -= code * 0.1
         torch.testing.assert_close(block["target"][i].double(), wanted, **CLOSE)
         torch.testing.assert_close(block["errors"][i].double(), wanted - code * 0.1, **CLOSE)
     torch.testing.assert_close(block["residual"].double(), residual, **CLOSE)
+
+
+def test_ties_and_values_beyond_the_grid_round_as_in_torch() -> None:
+    """Rows of one column: nothing is summed, so codes are those of `nearest_code`, ties too."""
+    scheme, rows = Scheme.parse("W4A16_G32"), 96
+    weight = ((torch.arange(rows) - rows / 2) / 4 * 0.5).to(DEVICE)
+    weight[:4] = torch.tensor([1e30, -1e30, 3e7, -3e7])
+    block = block_of(rows, 1, 0)
+    block["target"], block["residual"] = weight[None].clone(), weight[None].clone()
+    block["scale"] = torch.full((1, rows), 0.5, device=DEVICE)
+    ldlq.solve_block(*block.values(), None, None, (scheme.code_min, scheme.code_max))
+    grid = Grid(scheme, 1, torch.full((rows, 1), 0.5, device=DEVICE), None)
+    assert torch.equal(block["codes"].T, grid.round(weight[:, None]))
+
+
+def test_residuals_and_errors_are_rounded_as_by_the_eager_loop(seed: int) -> None:
+    # A fused multiply-add would show here, on a GPU: 0.1 times a code is not exact.
+    block = block_of(37, 64, seed)
+    weight = block["residual"].clone()
+    ldlq.solve_block(*block.values(), None, None, (-8, 7))
+    value = block["codes"].float() * block["scale"]
+    assert torch.equal(block["residual"], weight - value)
+    assert torch.equal(block["errors"], block["target"] - value)
 
 
 def test_two_runs_are_identical(seed: int) -> None:
@@ -143,16 +227,10 @@ def test_without_triton_a_gpu_is_warned_about_once(monkeypatch: pytest.MonkeyPat
 
 
 @needs_gpu
-@every_scheme
-def test_on_a_gpu_the_kernel_is_what_solves(scheme: Scheme, seed: int) -> None:
-    weight = weight_of(300, 512, seed=seed).cuda()
-    hessian = statistics_of(512, seed=seed).hessian.cuda()
-    factor = factorise(hessian, 0.01, True)
-    assert factor is not None
-    grid = fit_grid(weight, scheme, factor.importance())
-    kernel = solve(weight, grid, factor, 128)
-    eager_solver = solver._eager_solver
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "_kernel_solver", eager_solver)
-        eager = solve(weight, grid, factor, 128)
-    require_same(eager, kernel, weight)
+def test_on_a_gpu_the_kernel_is_what_solves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(4099, 512, "W4A16_G32", seed)
+    eager = layer.solve(128, False, monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.delattr(solver, "_eager_solver")
+    kernel = solve(layer.weight.to(DEVICE), layer.grid, layer.factor, 128)
+    require_same(layer, kernel, eager)
