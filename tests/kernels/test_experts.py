@@ -141,9 +141,20 @@ def test_rows_of_no_expert_and_of_no_token_are_zeros(
     assert not result[gone].any()
     assert torch.equal(result[~gone], expected[~gone])
     assert not case.weight.weight.counters.any()
-    expert.fill_(3)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_of_nobody_are_zeros_beside_a_weight_of_nan(
+    block_m: int, scaled: bool, either_way: str, seed: int
+) -> None:
+    case = make_case("W8A16_CHANNEL", (3, 33, 75), 6, seed, torch.float16)
     case.weight.weight.scale.fill_(float("nan"))
-    assert not run_experts(case.x, case.weight, expert, case.token, scale, tile).any()
+    scale = torch.full_like(case.scale, float("nan")) if scaled else None
+    nobody, nothing = torch.full_like(case.expert, 3), torch.full_like(case.token, -1)
+    tile = dataclasses.replace(SMALL, block_m=block_m)
+    for expert, token in ((nobody, case.token), (case.expert, nothing)):
+        assert not run_experts(case.x, case.weight, expert, token, scale, tile).any()
 
 
 def test_without_tokens_and_scales_row_r_is_activation_r(either_way: str, seed: int) -> None:
