@@ -82,10 +82,9 @@ def ldlq_block_kernel(
             if zero is not None:
                 z = tl.load(zero + at_group, mask=in_rows, other=0.0)
                 scaled += z
-            # Adding 1.5 * 2^23 rounds to the nearest even integer; beyond 2^22 the code is clamped
-            # anyway.
-            bounded = tl.minimum(tl.maximum(scaled, -4194304.0), 4194303.0)
-            code = (bounded + 12582912.0) - 12582912.0
+            # Adding 1.5 * 2^23 rounds to the nearest even integer; beyond 2^22 it rounds coarsely,
+            # but there the code is clamped anyway.
+            code = (scaled + 12582912.0) - 12582912.0
             code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
             if zero is not None:
                 value = (code - z) * s
