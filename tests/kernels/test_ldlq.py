@@ -19,7 +19,7 @@ from lowbit.algorithms import GPTQ, Statistics
 from lowbit.algorithms import ldlq as solver
 from lowbit.algorithms.ldlq import Factor, Solution, factorise, solve
 from lowbit.algorithms.scales import fit_grid
-from lowbit.quant import Grid
+from lowbit.quant import Grid, sorted_codebook
 from lowbit.scheme import Scheme
 
 # Sums in another order move a target by a few ulp of the largest term.
@@ -178,17 +178,28 @@ def test_a_block_equals_the_recursion_in_float64(seed: int) -> None:
     torch.testing.assert_close(block["residual"].double(), residual, **CLOSE)
 
 
-def test_ties_and_values_beyond_the_grid_round_as_in_torch() -> None:
-    """Rows of one column: nothing is summed, so codes are those of `nearest_code`, ties too."""
-    scheme, rows = Scheme.parse("W4A16_G32"), 96
-    weight = ((torch.arange(rows) - rows / 2) / 4 * 0.5).to(DEVICE)
-    weight[:4] = torch.tensor([1e30, -1e30, 3e7, -3e7])
-    block = block_of(rows, 1, 0)
-    block["target"], block["residual"] = weight[None].clone(), weight[None].clone()
-    block["scale"] = torch.full((1, rows), 0.5, device=DEVICE)
-    ldlq.solve_block(*block.values(), None, None, (scheme.code_min, scheme.code_max))
-    grid = Grid(scheme, 1, torch.full((rows, 1), 0.5, device=DEVICE), None)
-    assert torch.equal(block["codes"].T, grid.round(weight[:, None]))
+@pytest.mark.parametrize(
+    "name", ["W2A16", "W3A16_ASYM_G32", "W4A16", "W4A16_ASYM_G32", "W8A16", "NF4", "FP4"]
+)
+def test_ties_and_values_beyond_the_grid_round_as_in_torch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one column: nothing is summed, so every code is that of `nearest_code`."""
+    scheme = Scheme.parse(name)
+    points = [k / 4 for k in range(4 * scheme.code_min - 9, 4 * scheme.code_max + 9)]
+    points += [1e30, -1e30, 3e7, -3e7, 5e6, -5e6]
+    if scheme.codebook is not None:
+        points += sorted_codebook(scheme)[1]
+    weight = 0.5 * torch.tensor(points, device=DEVICE)[:, None]
+    scales = torch.full_like(weight, 0.5)
+    if scheme.signed_scales:
+        scales[::3] *= -1
+    zeros = None if scheme.symmetric else torch.full_like(weight, scheme.code_min + 1)
+    grid, one = Grid(scheme, 1, scales, zeros), torch.ones(1, device=DEVICE)
+    dead = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    factor = Factor(dead.long(), one[None], one, 0.0, 0.01, dead)
+    monkeypatch.setattr(solver, "_has_kernel", lambda device: True)
+    assert torch.equal(solve(weight, grid, factor, 128).codes, grid.round(weight))
 
 
 def test_residuals_and_errors_are_rounded_as_by_the_eager_loop(seed: int) -> None:
