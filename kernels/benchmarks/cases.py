@@ -15,7 +15,7 @@ import triton.language as tl
 from inspect_code import KernelCase
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile_group
 from lowbit_kernels.gpu.grouped import grouped_grad_kernel, grouped_linear_kernel
-from lowbit_kernels.gpu.ldlq import MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
+from lowbit_kernels.gpu.ldlq import FUSION, MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
 from lowbit_kernels.gpu.w8a8_kernels import quantize_rows_kernel, w8a8_kernel
@@ -217,7 +217,7 @@ def ldlq_cases() -> list[KernelCase]:
             ldlq_block_kernel,
             types,
             {**numbers, **dict.fromkeys(missing)},
-            {"num_warps": WARPS, "num_stages": 1},
+            {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": FUSION},
         )
         for name, missing in (("ldlq asym", tables), ("ldlq codebook", ("zero",)))
     ]
