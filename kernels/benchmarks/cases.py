@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import triton.language as tl
 from inspect_code import KernelCase
+from lowbit_kernels.format import Format
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_kernel, tile_group
 from lowbit_kernels.gpu.grouped import grouped_grad_kernel, grouped_linear_kernel
 from lowbit_kernels.gpu.ldlq import FUSION, MAX_BLOCK, ROWS, WARPS, ldlq_block_kernel
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
 from lowbit_kernels.gpu.w8a8_kernels import quantize_rows_kernel, w8a8_kernel
-from lowbit_kernels.gpu.weight import Format
 
 NF4 = tuple(i / 15 for i in range(16))  # any sixteen values: a table is an argument
 # Where Triton multiplies with mma.sync; see `decode.tile_columns`.

@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+from lowbit_kernels.format import SCALE_BLOCK, Format
 from lowbit_kernels.gpu.ptx import codebook_table
 from lowbit_kernels.gpu.weight import (
     CHUNK,
     COLUMN_PADDING,
     LANES,
     ROW_PADDING,
-    SCALE_BLOCK,
     STRIP,
-    Format,
     FragmentWeight,
+    lane_words,
 )
 from random_tensors import integers, uniform
 from torch import Tensor
@@ -100,7 +100,7 @@ def random_weight(scheme: str | Scheme, rows: int, columns: int, device: str) ->
     padded = math.ceil(rows / ROW_PADDING) * ROW_PADDING
     chunks = math.ceil(columns / COLUMN_PADDING) * (COLUMN_PADDING // CHUNK)
     groups, lanes = form.groups(columns), (padded // STRIP, chunks, STRIP, LANES)
-    words = integers(-(2**31), 2**31, (*lanes, form.words), device, torch.int32)
+    words = integers(-(2**31), 2**31, (*lanes, lane_words(form)), device, torch.int32)
     plane = None
     if form.bits == 3:
         plane = integers(-(2**15), 2**15, lanes, device, torch.int16)

@@ -11,15 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lowbit_kernels.format import SCALE_BLOCK, Format, decode_scales
 from lowbit_kernels.gpu import matmul
-from lowbit_kernels.gpu.weight import (
-    SCALE_BLOCK,
-    STRIP,
-    Format,
-    FragmentWeight,
-    concatenate,
-    decode_scales,
-)
+from lowbit_kernels.gpu.weight import STRIP, FragmentWeight, concatenate
 from torch import Tensor
 
 from lowbit.backends.base import Joined, PreparedWeight

@@ -10,7 +10,8 @@ from typing import TypeVar, cast
 
 import pytest
 import torch
-from lowbit_kernels.gpu.weight import Format, FragmentWeight
+from lowbit_kernels.format import Format
+from lowbit_kernels.gpu.weight import FragmentWeight
 
 from lowbit.quant import Grid, QuantizedWeight
 from lowbit.scheme import Scheme

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fragment_weights import fragment, random_fragment, random_qweight
+from lowbit_kernels.format import Format
 from lowbit_kernels.gpu import matmul
 from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.matmul import dequantize, grad_input, linear, run_fused
-from lowbit_kernels.gpu.weight import Format, FragmentWeight
+from lowbit_kernels.gpu.weight import FragmentWeight, lane_words
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -42,7 +43,7 @@ def activations(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tenso
 def random_words(form: Format, rows: int, columns: int, seed: int) -> FragmentWeight:
     """Returns a large weight of random codes, made on the GPU; integers of 4 or 8 bits."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    size = (rows // 16, columns // 64, 16, 4, form.words)
+    size = (rows // 16, columns // 64, 16, 4, lane_words(form))
     words = torch.empty(size, dtype=torch.int32, device="cuda").random_(generator=generator)
     shape = (form.groups(columns), rows)
     scale = torch.rand(shape, generator=generator, device="cuda").half() * 0.01

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fragment_weights import DEVICE, format_of, fragment, random_fragment, random_qweight, unsigned
+from lowbit_kernels.format import Format
 from lowbit_kernels.gpu import weight as weight_module
-from lowbit_kernels.gpu.weight import Format, FragmentWeight, concatenate
+from lowbit_kernels.gpu.weight import FragmentWeight, concatenate
 from schemes import every_scheme
 
 from lowbit.scheme import NF4_LEVELS, Scheme

@@ -41,7 +41,7 @@ def load_scales(
 ):
     """Returns float32 scales of rows and groups (tiles that broadcast to each other).
 
-    uint8 scales are codes of double quantization: see `weight.decode_scales`.
+    uint8 scales are codes of double quantization: see `format.decode_scales`.
     """
     values = tl.load(scale + group * scale_stride + row, mask=mask, other=0)
     if offset is None:

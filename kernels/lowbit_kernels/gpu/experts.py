@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.format import Format
 from lowbit_kernels.gpu import matmul
 from lowbit_kernels.gpu.routed import run_experts, run_grad, tile_for
 from lowbit_kernels.gpu.stacked import StackedWeight
 from lowbit_kernels.gpu.support import FLOAT_DTYPES, on_device_of_first
-from lowbit_kernels.gpu.weight import STRIP, Format, FragmentWeight
+from lowbit_kernels.gpu.weight import STRIP, FragmentWeight
 
 _STORED = "Tensor words, Tensor? plane, Tensor scale, Tensor? zero, Tensor counters, Tensor? table"
 _ROWS = "Tensor expert_of_row, Tensor? token_of_row, Tensor? row_scale"

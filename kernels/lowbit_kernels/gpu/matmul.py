@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.format import Format
 from lowbit_kernels.gpu import configs
 from lowbit_kernels.gpu.configs import Tile
 from lowbit_kernels.gpu.dequantize import TRITON_DTYPES, dequantize_into, tile_group
 from lowbit_kernels.gpu.linear import linear_kernel
 from lowbit_kernels.gpu.ptx import decode_asm
 from lowbit_kernels.gpu.support import on_device_of_first
-from lowbit_kernels.gpu.weight import CHUNK, Format, FragmentWeight
+from lowbit_kernels.gpu.weight import CHUNK, FragmentWeight
 
 _STORED = (
     "Tensor words, Tensor? plane, Tensor scale, Tensor? zero, Tensor counters, Tensor? table, "

@@ -29,81 +29,20 @@ rows beyond N.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit_kernels.format import SCALE_BLOCK, Format, decode_scales
 from lowbit_kernels.gpu.ptx import PLANE_BITS, codebook_table
 
 STRIP, CHUNK, LANES = 16, 64, 4
 ROW_PADDING, COLUMN_PADDING = 64, 128
-SCALE_BLOCK = 256
 # Rows rearranged at once: reordering makes a few int32 copies of what it reorders.
 ROWS_PER_STEP = 1024
-_SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Format:
-    """What the codes of a weight mean.
-
-    Args:
-        bits: 2, 3, 4 or 8.
-        group_size: input features that share a scale; 0 for one scale per row.
-        codebook: 16 values, looked up by code; None for integers, code - zero point.
-        symmetric: the zero point is 2^(bits-1) everywhere; none is stored.
-        scale_dtype: "fp16", "bf16" or "fp32": the dtype in which decoded scales are exact.
-        signed_scales: double-quantized scales keep their sign in the code's top bit.
-        text: the same as one string.
-    """
-
-    bits: int
-    group_size: int
-    codebook: tuple[float, ...] | None = None
-    symmetric: bool = True
-    scale_dtype: str = "fp16"
-    signed_scales: bool = True
-    text: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"format: {self.bits} bits; the kernels read 2, 3, 4 or 8")
-        if self.codebook is not None and (self.bits != 4 or len(self.codebook) != 16):
-            raise ValueError("format: a codebook has 16 values, for 4-bit codes")
-        if self.scale_dtype not in _SCALE_DTYPES:
-            raise ValueError(f"format: scale dtype {self.scale_dtype!r}; use fp16, bf16 or fp32")
-        book = "" if self.codebook is None else ",".join(value.hex() for value in self.codebook)
-        flags = f"{int(self.symmetric)}{int(self.signed_scales)}"
-        text = f"{self.bits}:{self.group_size}:{flags}:{self.scale_dtype}:{book}"
-        object.__setattr__(self, "text", text)
-
-    @property
-    def words(self) -> int:
-        """Words of one lane in one chunk; of the low plane for 3-bit codes."""
-        return max(self.bits & ~1, 2) // 2
-
-    @property
-    def torch_scale_dtype(self) -> torch.dtype:
-        """The dtype of decoded scales."""
-        return _SCALE_DTYPES[self.scale_dtype]
-
-    def groups(self, in_features: int) -> int:
-        """Returns the number of scales in a row."""
-        return math.ceil(in_features / self.group_size) if self.group_size else 1
-
-    @staticmethod
-    @functools.cache
-    def parse(text: str) -> Format:
-        """Returns the format whose `text` this is; operators take formats as text."""
-        bits, group_size, flags, scale_dtype, book = text.split(":")
-        codebook = tuple(float.fromhex(value) for value in book.split(",")) if book else None
-        return Format(
-            int(bits), int(group_size), codebook, flags[0] == "1", scale_dtype, flags[1] == "1"
-        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +53,7 @@ class FragmentWeight:
         format: what the codes mean.
         out_features: rows that count, N.
         in_features: columns that count, K.
-        words: int32 [strips, chunks, 16, 4, format.words].
+        words: int32 [strips, chunks, 16, 4, lane_words(format)].
         plane: int16 [strips, chunks, 16, 4], the high bits of 3-bit codes, else None.
         scale: [groups, padded rows] in the format's scale dtype, or uint8 codes of double-quantized
             scales. Neighbouring rows are neighbours; the stride of the groups is free.
@@ -173,7 +112,7 @@ class FragmentWeight:
         rows = math.ceil(out_features / ROW_PADDING) * ROW_PADDING
         chunks = math.ceil(in_features / COLUMN_PADDING) * (COLUMN_PADDING // CHUNK)
         size = (rows // STRIP, chunks, STRIP, LANES)
-        words = torch.zeros(*size, format.words, dtype=torch.int32, device=codes.device)
+        words = torch.zeros(*size, lane_words(format), dtype=torch.int32, device=codes.device)
         plane = None
         if format.bits == 3:
             plane = torch.zeros(size, dtype=torch.int16, device=codes.device)
@@ -293,23 +232,9 @@ def concatenate(weights: Sequence[FragmentWeight]) -> FragmentWeight:
     )
 
 
-def decode_scales(
-    codes: Tensor,
-    offset: Tensor,
-    step: Tensor,
-    format: Format,  # noqa: A002
-) -> Tensor:
-    """Returns double-quantized scales in the scale dtype; offset and step per code.
-
-    Magnitudes are computed in fp32 and rounded once, like `lowbit.quant.double_quant` does, so that
-    a scale has one value whoever decodes it.
-    """
-    magnitude = codes & 0x7F if format.signed_scales else codes
-    scale = offset.float() + step.float() * magnitude.float()
-    if format.signed_scales:
-        scale = torch.where(codes >= 0x80, -scale, scale)
-    largest = torch.finfo(format.torch_scale_dtype).max
-    return scale.clamp(-largest, largest).to(format.torch_scale_dtype)
+def lane_words(format: Format) -> int:  # noqa: A002
+    """Returns the words of one lane in one chunk; of the low plane for 3-bit codes."""
+    return max(format.bits & ~1, 2) // 2
 
 
 def _check(
@@ -375,7 +300,7 @@ def _reorder(codes: Tensor, format: Format) -> tuple[Tensor, Tensor]:  # noqa: A
         lanes = lanes ^ 0x80
     width = 2 if format.bits == 3 else format.bits
     positions = _bit_positions(format, width)
-    in_words = (lanes & ((1 << width) - 1)).view(-1, format.words, len(positions))
+    in_words = (lanes & ((1 << width) - 1)).view(-1, lane_words(format), len(positions))
     words = torch.zeros(in_words.shape[:2], dtype=torch.int32, device=codes.device)
     for i, position in enumerate(positions):
         words |= in_words[..., i] << position
@@ -385,7 +310,7 @@ def _reorder(codes: Tensor, format: Format) -> tuple[Tensor, Tensor]:  # noqa: A
             plane |= (lanes[:, i] >> 2) << (8 * (i % 2) + PLANE_BITS[i // 2])
     size = rows // STRIP, columns // CHUNK, STRIP, LANES
     # int16 wraps on purpose: the sixteen bits are what is stored.
-    return words.view(*size, format.words), plane.to(torch.int16).view(size)
+    return words.view(*size, lane_words(format)), plane.to(torch.int16).view(size)
 
 
 def _restore(words: Tensor, plane: Tensor | None, format: Format) -> Tensor:  # noqa: A002
