@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
+# Where an installed package has the library, beside this file.
+LIBRARY_NAME = "liblowbit.so"
 FLAGS = (
     "-std=c++17",
     "-O3",
