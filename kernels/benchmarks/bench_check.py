@@ -20,7 +20,8 @@ from parts import Part, Settings
 from random_tensors import normal
 from torch import Tensor
 
-from lowbit.backends.fragment import FragmentPrepared, format_of
+from lowbit.backends.formats import format_of
+from lowbit.backends.fragment import FragmentPrepared
 from lowbit.quant import Grid, QuantizedWeight
 from lowbit.scheme import Scheme
 

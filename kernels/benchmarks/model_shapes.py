@@ -24,7 +24,7 @@ from lowbit_kernels.gpu.weight import (
 from random_tensors import integers, uniform
 from torch import Tensor
 
-from lowbit.backends.fragment import format_of
+from lowbit.backends.formats import format_of
 from lowbit.scheme import Scheme
 
 SCHEMES = ("W4A16_G128", "W4A16_ASYM_G64", "W3A16_G64", "W2A16_G64", "W8A16", "NF4_DQ")

@@ -4,7 +4,8 @@ A backend may want the weight in an order of its own (`prepare`). Then it runs p
 canonical tensors fall through to the next.
 
 A slower backend is never chosen silently where it matters: on CUDA, falling through to the
-reference is warned about once, with the reasons of all backends before it.
+reference is warned about once, with the reasons of all backends before it; on a CPU, native kernels
+that are not there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 import torch
 
 from lowbit.backends.base import Backend, Joined, PreparedWeight, Request
+from lowbit.backends.cpu import CpuBackend
 from lowbit.backends.dequantize import DequantizeBackend
 from lowbit.backends.triton import TritonBackend
 from lowbit.errors import LowbitError
@@ -31,7 +33,7 @@ __all__ = [
     "select",
 ]
 
-BACKENDS: list[Backend] = [TritonBackend(), DequantizeBackend()]
+BACKENDS: list[Backend] = [TritonBackend(), CpuBackend(), DequantizeBackend()]
 
 
 def explain(request: Request) -> dict[str, str | None]:
@@ -53,8 +55,8 @@ def select(request: Request) -> Backend:
     for backend in BACKENDS:
         reason = backend.refusal(request)
         if reason is None:
-            if refusals and request.device.type == "cuda" and backend.name == "dequantize":
-                _warn_once("; ".join(refusals))
+            if backend.name == "dequantize":
+                _warn_if_slow(request.device.type, "; ".join(refusals))
             return backend
         refusals.append(f"{backend.name}: {reason}")
     raise LowbitError(
@@ -64,21 +66,49 @@ def select(request: Request) -> Backend:
     )
 
 
-def prepare(qweight: QuantizedWeight, dtype: torch.dtype) -> PreparedWeight | None:
+def prepare(
+    qweight: QuantizedWeight, dtype: torch.dtype, activations: str = "float"
+) -> PreparedWeight | None:
     """Returns `qweight` in the order of the backend that multiplies `dtype` activations by it.
 
     None where that backend reads the canonical tensors, and where they could not be had back bit
     for bit.
+
+    Args:
+        qweight: the canonical tensors.
+        dtype: dtype of the activations.
+        activations: "float", or "int8" to round activations to 8 bits while multiplying.
+
+    Raises:
+        LowbitError: where no backend does what `activations` asks for.
     """
     request = Request(qweight.scheme, qweight.packed.device, dtype, *qweight.shape, prepared=True)
-    if not qweight.padding_is_zero():
-        return None
-    return select(request).prepare(qweight)
+    backend = select(request)
+    prepared = backend.prepare(qweight) if qweight.padding_is_zero() else None
+    if prepared is not None:
+        return prepared.with_activations(activations)
+    if activations != "float":
+        raise LowbitError(
+            f"{activations} activations: no backend multiplies a {qweight.scheme} weight by them "
+            "here (" + "; ".join(f"{k}: {why}" for k, why in explain(request).items() if why) + ")"
+        )
+    return None
 
 
 @functools.cache
-def _warn_once(refusals: str) -> None:
+def _warn_if_slow(device: str, refusals: str) -> None:
+    """Warns that the reference runs: on CUDA always, on a CPU without native kernels."""
+    reason = refusals if device == "cuda" else None
+    if device == "cpu":
+        reason = CpuBackend().unavailable_reason()
+    if reason is not None:
+        _warn_once(device, reason)
+
+
+@functools.cache
+def _warn_once(device: str, reason: str) -> None:
     warnings.warn(
-        f"lowbit decodes whole weights before every matmul on CUDA, which is slow ({refusals})",
+        f"lowbit decodes whole weights before every matmul on {device}, which is several times "
+        f"slower than its kernels: {reason}",
         stacklevel=2,
     )

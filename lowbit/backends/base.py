@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
@@ -88,6 +89,19 @@ class PreparedWeight(ABC):
         for inference.
         """
         return self
+
+    def with_activations(self, activations: str) -> PreparedWeight:
+        """Returns the weight for activations rounded to "int8", or for "float" ones again.
+
+        Raises:
+            LowbitError: where the backend has no such kernels.
+        """
+        if activations == "float":
+            return self
+        raise LowbitError(
+            f"backend {self.backend} multiplies float activations, not {activations}; those are "
+            "for the native kernels on a CPU"
+        )
 
     def join(self, others: Sequence[PreparedWeight]) -> Joined | None:
         """Returns this weight and `others` as one, or None where they cannot be one."""

@@ -1,7 +1,6 @@
 """A stored weight in fragment order, for the Triton kernels. It imports them; import it late.
 
-The kernels know neither schemes nor `QuantizedWeight`; here the one becomes the other and back. The
-codes of a scheme are signed, those of the kernels unsigned: they differ by 2^(bits-1).
+The kernels know neither schemes nor `QuantizedWeight`; here the one becomes the other and back.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lowbit_kernels.format import SCALE_BLOCK, Format, decode_scales
+from lowbit_kernels.format import SCALE_BLOCK, decode_scales
 from lowbit_kernels.gpu import matmul
 from lowbit_kernels.gpu.weight import STRIP, FragmentWeight, concatenate
 from torch import Tensor
 
 from lowbit.backends.base import Joined, PreparedWeight
+from lowbit.backends.formats import format_of, signed, unsigned
 from lowbit.quant import Grid, QuantizedWeight, pack, unpack
 from lowbit.scheme import Scheme
 
@@ -63,10 +63,10 @@ class FragmentPrepared(PreparedWeight):
         zero = None
         if qweight.zero_point is not None:
             signed = unpack(qweight.zero_point.T, scheme.bits, qweight.shape[0]).T
-            zero = _unsigned(signed, scheme)
+            zero = unsigned(signed, scheme)
         weight = FragmentWeight.from_codes(
             format_of(scheme),
-            _unsigned(qweight.codes(), scheme),
+            unsigned(qweight.codes(), scheme),
             qweight.scale,
             zero,
             qweight.scale_offset,
@@ -132,10 +132,10 @@ class FragmentPrepared(PreparedWeight):
         """Returns the tensors that the weight was prepared from, bit for bit."""
         held, bits = self.weight, self.scheme.bits
         rows = torch.arange(held.out_features, device=held.words.device).split(_ROWS_PER_STEP)
-        packed = torch.cat([pack(_signed(held.codes(part), self.scheme), bits) for part in rows])
+        packed = torch.cat([pack(signed(held.codes(part), self.scheme), bits) for part in rows])
         zero_point = None
         if held.zero is not None:
-            zeros = _signed(held.group_values(held.zero).clone(), self.scheme)
+            zeros = signed(held.group_values(held.zero).clone(), self.scheme)
             zero_point = pack(zeros.T, bits).T.contiguous()
         scale = held.scale if held.scale_codes is None else held.scale_codes
         return QuantizedWeight(
@@ -174,18 +174,6 @@ class FragmentPrepared(PreparedWeight):
         return Joined(FragmentPrepared(self.scheme, whole), tuple(views), tuple(starts))
 
 
-def format_of(scheme: Scheme) -> Format:
-    """Returns what the kernels call `scheme`."""
-    return Format(
-        bits=scheme.bits,
-        group_size=scheme.group_size or 0,
-        codebook=scheme.levels,
-        symmetric=scheme.symmetric,
-        scale_dtype=scheme.scale_dtype.lower(),
-        signed_scales=scheme.signed_scales,
-    )
-
-
 def _over(part: FragmentWeight, whole: FragmentWeight, start: int, stop: int) -> FragmentWeight:
     """Returns `part` over the memory of the rows `start` to `stop` of `whole`.
 
@@ -202,16 +190,6 @@ def _over(part: FragmentWeight, whole: FragmentWeight, start: int, stop: int) ->
     )
 
 
-def _unsigned(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Returns int8 `codes`, which it overwrites, as the kernels count them, uint8."""
-    return codes.view(torch.uint8).add_(1 << (scheme.bits - 1))  # wraps, as it must
-
-
-def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Returns uint8 `codes`, which it overwrites, as the scheme counts them, int8."""
-    return codes.sub_(1 << (scheme.bits - 1)).view(torch.int8)
-
-
 def _fragment_rows(rows: Tensor, *arguments: Any) -> Tensor:
     words, plane, scale, zero, offset, step, text, out_features, in_features, dtype = arguments
     scheme = Scheme.parse(text)
@@ -224,9 +202,9 @@ def _fragment_rows(rows: Tensor, *arguments: Any) -> Tensor:
         block = place // SCALE_BLOCK
         scales = decode_scales(scales, offset[block], step[block], form)
     if zero is not None:
-        zeros = _signed(held.group_values(zero, rows), scheme).float()
+        zeros = signed(held.group_values(zero, rows), scheme).float()
     grid = Grid(scheme, in_features, scales.float(), zeros)
-    return grid.dequantize(_signed(held.codes(rows), scheme)).to(dtype)
+    return grid.dequantize(signed(held.codes(rows), scheme)).to(dtype)
 
 
 def _fragment_rows_fake(rows: Tensor, words: Tensor, *arguments: Any) -> Tensor:

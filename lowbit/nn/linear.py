@@ -111,6 +111,10 @@ class TiedQuantLinear(QuantLinear):
         """Prepares the embedding's weight."""
         return self._tied_to[0].prepare()
 
+    def round_activations(self, activations: str) -> None:
+        """Multiplies from now on by "float" or by "int8" activations."""
+        self._tied_to[0].round_activations(activations)
+
     def restore(self) -> None:
         """Goes back to the embedding's canonical tensors."""
         self._tied_to[0].restore()

@@ -8,7 +8,7 @@ from lowbit.nn.siblings import fuse_siblings
 from lowbit.nn.stored import StoredWeight
 
 
-def prepare_model(model: nn.Module) -> int:
+def prepare_model(model: nn.Module, activations: str | None = None) -> int:
     """Rearranges the quantized weights of `model` for the backends that run them.
 
     `from_pretrained` calls this, and moving a model to another type of device prepares it for that;
@@ -19,11 +19,22 @@ def prepare_model(model: nn.Module) -> int:
 
     Args:
         model: changed in place.
+        activations: "int8" rounds activations to 8 bits while multiplying, which is faster for
+            several tokens and loses accuracy: measure it (`lowbit eval --activations int8`).
+            "float" goes back; None leaves it as it is. For native CPU kernels only; it is not
+            stored with the model.
 
     Returns:
         How many modules hold a prepared weight.
+
+    Raises:
+        LowbitError: for `activations` that the kernels here do not have.
     """
     stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
+    if activations is not None:
+        for module in stored:
+            if module.multiplies:
+                module.round_activations(activations)
     prepared = sum([module.prepare() for module in stored])
     fuse_siblings(model)
     return prepared

@@ -56,6 +56,8 @@ class StoredWeight(nn.Module):
     _wants_preparing: bool = False
     # Layers that see the same activations, and its place among them; see `nn/siblings.py`.
     _siblings: tuple[Siblings, int] | None = None
+    # What activations are rounded to while multiplying, see `backends.prepare`; never stored.
+    _activations: str = "float"
 
     def _create_stored(
         self,
@@ -156,7 +158,9 @@ class StoredWeight(nn.Module):
         if self._prepared is None and self.multiplies and not self._is_elsewhere():
             # Not in inference mode, whose tensors no later training could use.
             with torch.inference_mode(False), torch.no_grad():
-                prepared = backends.prepare(self._canonical(), self.compute_dtype)
+                prepared = backends.prepare(
+                    self._canonical(), self.compute_dtype, self._activations
+                )
             if prepared is not None:
                 for name in self._names():
                     self._parameters.pop(name, None)
@@ -164,6 +168,18 @@ class StoredWeight(nn.Module):
                 self._hold(prepared.for_mode(self.training))
         self._join_siblings()
         return self._prepared is not None
+
+    def round_activations(self, activations: str) -> None:
+        """Multiplies from now on by "float" or by "int8" activations; nothing of it is stored.
+
+        Raises:
+            LowbitError: where no backend does that here.
+        """
+        if self._prepared is not None:
+            held = self.operand
+            assert isinstance(held, PreparedWeight)
+            self._replace_prepared(held.with_activations(activations))
+        self._activations = activations
 
     def restore(self) -> None:
         """Goes back to the canonical tensors, those that were prepared bit for bit."""
