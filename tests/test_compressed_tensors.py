@@ -16,6 +16,8 @@ import lowbit
 from lowbit.scheme import Scheme
 
 pytest.importorskip("compressed_tensors")
+# Its decoded weights are multiplied by torch: so must ours be, to be equal bit for bit.
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 # Run without lowbit registered: stock transformers and compressed-tensors alone.
 LOAD_AND_COMPARE = """

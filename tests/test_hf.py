@@ -27,6 +27,9 @@ from lowbit.nn.replace import tied_head_name, weight_is_transposed
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
+# Logits are compared bit for bit with those of models whose weights were decoded beforehand.
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
 IDS = torch.arange(3, 27).view(2, 12)
 SCHEME = "W4A16_G32"
 WHOLE = {"quantize_embeddings": True, "quantize_lm_head": True}
