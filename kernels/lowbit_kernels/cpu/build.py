@@ -1,51 +1,64 @@
-"""Compiles the kernels into one shared library.
+"""Compiles the kernels into one shared library: `python -m lowbit_kernels.cpu.build`.
 
 Each instruction set is a file of its own, compiled with its own flags; the library picks one at
-run time. The name holds a hash of sources, compiler and flags, so that a library is built once and
-never mistaken for another.
+run time. A hash of sources, compiler and flags tells libraries apart, so that each is compiled once
+and never mistaken for another. Only the standard library is needed: the wheel's build runs this
+file where neither torch nor lowbit is installed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "src"
+HERE = Path(__file__).parent
+SOURCES = HERE / "src"
 # Where an installed package has the library, beside this file.
-LIBRARY_NAME = "liblowbit.so"
+LIBRARY_NAME = "liblowbit.dylib" if sys.platform == "darwin" else "liblowbit.so"
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
     # Rounding is part of the results: no contraction but where a kernel asks for it. Neither errno
     # nor traps are read.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-# GCC's own AVX-512 headers are not clean under -Wall.
+# GCC's own AVX-512 headers are not clean under -Wall. (Clang does not know the first warning.)
 AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
-    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    *("-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
 X86_FLAGS = {"avx512.cpp": AVX512, "avx2.cpp": ("-mavx2", "-mfma", "-mf16c")}
+OPENMP = "-fopenmp"
 
 
 class BuildError(RuntimeError):
     """There is no compiler, or it refused the sources; the message says which."""
 
 
-def find_compiler() -> str | None:
-    """Returns the C++ compiler: CXX from the environment, c++, g++ or clang++; None without."""
-    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def find_compiler() -> tuple[str, ...] | None:
+    """Returns the command of the C++ compiler; None without.
+
+    It is CXX from the environment (with arguments, as in "ccache g++"), or else the first of c++,
+    g++ and clang++. Another one is never taken for a CXX that does not exist.
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    commands = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
+    for name, *arguments in commands:
+        if path := shutil.which(name):
+            return (path, *arguments)
+    return None
 
 
 def files() -> dict[str, tuple[str, ...]]:
@@ -65,37 +78,128 @@ def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
     Raises:
         BuildError: without a compiler, or with what the compiler says.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
-    library = directory / f"liblowbit-{_fingerprint(compiler, extra)}.so"
-    if library.exists():
-        return library
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        objects = {name: Path(folder) / f"{name}.o" for name in files()}
-
-        def compile_file(name: str) -> None:
-            flags = (*FLAGS, *extra, *files()[name])
-            _run(compiler, *flags, "-c", str(SOURCES / name), "-o", str(objects[name]))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_file, objects))
-        finished = Path(folder) / "library.so"
-        linked = [str(path) for path in objects.values()]
-        _run(compiler, "-shared", "-fopenmp", *extra, "-o", str(finished), *linked)
-        finished.replace(library)  # never half-written, whoever else builds
+    compiler = _compiler()
+    fingerprint = _fingerprint(compiler, extra)
+    library = directory / f"liblowbit-{fingerprint}.so"
+    if not library.exists():
+        _compile(compiler, extra, fingerprint, library)
     return library
 
 
-def _fingerprint(compiler: str, extra: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr((compiler, FLAGS, extra, files())).encode())
+def install(directory: Path = HERE) -> Path:
+    """Returns the library where an installed package has it, `directory / LIBRARY_NAME`.
+
+    Nothing is compiled if the one that is there is of these sources, compiler and flags.
+
+    Raises:
+        BuildError: without a compiler, or with what the compiler says.
+        OSError: if nothing can be written there.
+    """
+    compiler = _compiler()
+    fingerprint = _fingerprint(compiler, ())
+    library = directory / LIBRARY_NAME
+    if not (library.exists() and _mark(fingerprint).encode() in library.read_bytes()):
+        _compile(compiler, (), fingerprint, library)
+    return library
+
+
+def has_openmp(compiler: tuple[str, ...]) -> bool:
+    """Returns whether `compiler` links OpenMP. Without it (Apple's), kernels have one thread."""
+    return OPENMP in _openmp(compiler)
+
+
+def main() -> int:
+    """Compiles the library of this package in place; returns the exit status."""
+    try:
+        library = install()
+        threads = "" if has_openmp(_compiler()) else " (one thread: the compiler has no OpenMP)"
+    except (BuildError, OSError) as error:
+        print(f"The native CPU kernels were not compiled: {error}", file=sys.stderr)
+        return 2
+    print(f"{library}{threads}")
+    return 0
+
+
+def _compile(
+    compiler: tuple[str, ...], extra: tuple[str, ...], fingerprint: str, library: Path
+) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    openmp = _openmp(compiler)
+    # In the same folder, and so on the same file system: renaming is atomic.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".lowbit-") as folder:
+        objects = {name: Path(folder) / f"{name}.o" for name in files()}
+
+        def compile_file(name: str) -> None:
+            mark = (f'-DLOWBIT_MARK="{_mark(fingerprint)}"',) if name == "api.cpp" else ()
+            flags = (*FLAGS, *openmp, *extra, *files()[name], *mark)
+            _run(*compiler, *flags, "-c", str(SOURCES / name), "-o", str(objects[name]))
+
+        with ThreadPoolExecutor(_processors()) as pool:
+            list(pool.map(compile_file, objects))
+        finished = Path(folder) / "library.so"
+        linked = [str(path) for path in objects.values()]
+        _run(*compiler, "-shared", *openmp, *extra, "-o", str(finished), *linked)
+        finished.replace(library)  # never half-written, whoever else builds
+
+
+def _compiler() -> tuple[str, ...]:
+    if sys.platform == "win32":
+        raise BuildError("the kernels are not ported to Windows; use lowbit in WSL for them")
+    compiler = find_compiler()
+    if compiler is None and (chosen := os.environ.get("CXX")):
+        raise BuildError(f"CXX is {chosen}, which is not found; set it to a C++ compiler")
+    if compiler is None:
+        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    return compiler
+
+
+@functools.cache
+def _openmp(compiler: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the flags for OpenMP, or without it those that accept its pragmas."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n")
+        command = (*compiler, OPENMP, "-shared", "-fPIC", str(source))
+        try:
+            _run(*command, "-o", str(source.with_suffix(".so")))
+        except BuildError:
+            return ("-Wno-unknown-pragmas",)
+    return (OPENMP,)
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    return _run(*compiler, "--version")
+
+
+def _fingerprint(compiler: tuple[str, ...], extra: tuple[str, ...]) -> str:
+    parts = (compiler, _version(compiler), _openmp(compiler), FLAGS, extra, files())
+    digest = hashlib.sha256(repr(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _mark(fingerprint: str) -> str:
+    """Returns what the library's file contains, so that it is recognised without loading it."""
+    return f"lowbit-build-{fingerprint}"
+
+
+def _processors() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,4 @@
 // The C interface: picks the instruction set, shares the work among threads, owns the scratch space.
-#include <omp.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -86,6 +84,12 @@ extern "C" {
 
 // 1 is added whenever the layout of Weight or a signature changes; the Python side refuses others.
 int32_t lowbit_abi() { return 1; }
+
+// What this was compiled from, as a hash (build.py).
+#ifndef LOWBIT_MARK
+#define LOWBIT_MARK "unknown"
+#endif
+const char* lowbit_mark() { return LOWBIT_MARK; }
 
 // 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
 int32_t lowbit_best_isa() { return best_isa(); }
