@@ -45,7 +45,10 @@ def imported_modules(file: Path) -> set[str]:
 
 
 # The files of pure rooms that may import kernels; they are imported when a device asks for them.
-KERNEL_USERS = ("backends/triton.py", "backends/fragment.py", "algorithms/ldlq.py")
+KERNEL_USERS = (
+    "algorithms/ldlq.py",
+    *(f"backends/{name}.py" for name in ("cpu", "formats", "fragment", "strips", "triton")),
+)
 
 
 def rooms() -> dict[str, set[str]]:

@@ -54,6 +54,11 @@ class PreparedWeight(ABC):
     scheme: Scheme
     shape: tuple[int, int]
 
+    @property
+    def kernels(self) -> str:
+        """What runs it, for people: the backend, and which of its kernels where it has several."""
+        return self.backend
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors by name, the one with the codes first."""

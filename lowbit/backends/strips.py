@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lowbit_kernels.cpu import dispatch, matmul
+from lowbit_kernels.cpu.library import library
 from lowbit_kernels.cpu.weight import STRIP, StripWeight, concatenate, row_blocks
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class StripPrepared(PreparedWeight):
             qweight.scale_step,
         )
         return StripPrepared(scheme, weight)
+
+    @property
+    def kernels(self) -> str:
+        """The backend and the instruction set."""
+        return f"{self.backend} ({library().isa_name})"
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by the names of the fields of `StripWeight`."""

@@ -32,6 +32,9 @@ def bench_command(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="float, or int8: rounded while multiplying, on a CPU.")
+    ] = "float",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
 ) -> None:
     """Measure prefill and decoding speed beside the same model in 16 bits.
@@ -48,6 +51,7 @@ def bench_command(
         quiet_libraries,
         use_threads,
     )
+    from lowbit.nn import kernels_of
     from lowbit.progress import RunProgress
 
     quiet_libraries()
@@ -55,7 +59,7 @@ def bench_command(
     work = Workload(prompt_tokens, new_tokens, rounds)
     _check(work, load_config(path))
     target = choose_device(device)
-    model: Any = load_model(path, dtype, target)
+    model: Any = load_model(path, dtype, target, activations)
     quantized = getattr(model, "hf_quantizer", None) is not None
     with RunProgress(enabled=Console(stderr=True).is_terminal) as progress:
         progress.stage("warming up", 1)
@@ -67,12 +71,20 @@ def bench_command(
         progress.stage("rounds", pieces_of(work, other is not None))
         result = compare(model, other, work, lambda: progress.advance(1))
     if json_output:
-        report = {"path": path, "device": str(target), "peak_bytes": memory, **result.to_dict()}
+        report = {
+            "path": path,
+            "device": str(target),
+            "kernels": kernels_of(model),
+            "peak_bytes": memory,
+            **result.to_dict(),
+        }
         typer.echo(json.dumps(report, indent=2))
         return
     console = screen()
     console.print(_table(result))
     console.print(_summary(result, memory, target.type))
+    for name, count in kernels_of(model).items():
+        console.print(f"kernels: {name}, {count} weights")
 
 
 def _check(work: Any, config: Any) -> None:

@@ -52,6 +52,9 @@ def eval_command(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="float, or int8: rounded while multiplying, on a CPU.")
+    ] = "float",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
 ) -> None:
     """Measure perplexity and, against the original, KL divergence and flips.
@@ -74,7 +77,7 @@ def eval_command(
     slicing = _slicing(slices, labels, chosen)
     if against is not None:
         _check_baseline(against, chosen)
-    model = load_model(path, dtype, target)
+    model = load_model(path, dtype, target, activations)
     baseline = None if against is None else load_model(against, dtype, target)
     size = measure_size(path) if Path(path).is_dir() else None
     with RunProgress(enabled=Console(stderr=True).is_terminal) as progress:

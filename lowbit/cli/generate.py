@@ -32,6 +32,9 @@ def generate_command(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="float, or int8: rounded while multiplying, on a CPU.")
+    ] = "float",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
 ) -> None:
     """Continue a prompt: text on standard output as it comes, speed on standard error.
@@ -60,7 +63,7 @@ def generate_command(
         raise LowbitError(f"{path}: has no tokenizer, so a prompt cannot be read; add its files")
     encoded = tokenizer(prompt, return_tensors="pt")
     _check_length(encoded["input_ids"], max_new_tokens, config)
-    model = load_model(path, dtype, target)
+    model = load_model(path, dtype, target, activations)
     streamer = TimedStreamer(tokenizer, show=not json_output)
     _generate(model, encoded, streamer, max_new_tokens, Sampling(temperature, seed))
     streamer.report(prompt, json_output)

@@ -21,6 +21,7 @@ from lowbit.calibration.tokens import Tokenizer
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.models.foreign import one_line, one_sentence
+from lowbit.nn import prepare_model
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -116,16 +117,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     return tokenizer
 
 
-def load_model(path: str, dtype: str = "auto", device: torch.device | None = None) -> nn.Module:
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    activations: str = "float",
+) -> nn.Module:
     """Returns the causal language model of a checkpoint, in evaluation mode on `device`.
 
     Args:
         path: a folder, or the hub name `owner/name`.
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
         device: None for `choose_device(None)`.
+        activations: "float", or "int8", see `lowbit.prepare_model`.
 
     Raises:
-        LowbitError: see `load_config`; also weights that are missing or of another shape.
+        LowbitError: see `load_config`; also weights that are missing or of another shape, and
+            "int8" activations where nothing here multiplies by them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,6 +156,11 @@ def load_model(path: str, dtype: str = "auto", device: torch.device | None = Non
         )
     _check_loaded(path, info)
     loaded: nn.Module = model.eval()
+    if activations != "float" and not prepare_model(loaded, activations):
+        raise LowbitError(
+            f"--activations {activations}: {path} has no quantized weights that the native CPU "
+            "kernels run; leave it out"
+        )
     return loaded
 
 

@@ -2,6 +2,6 @@
 
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.linear import QuantLinear, TiedQuantLinear
-from lowbit.nn.prepared import prepare_model
+from lowbit.nn.prepared import kernels_of, prepare_model
 
-__all__ = ["QuantEmbedding", "QuantLinear", "TiedQuantLinear", "prepare_model"]
+__all__ = ["QuantEmbedding", "QuantLinear", "TiedQuantLinear", "kernels_of", "prepare_model"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
+from lowbit.backends import PreparedWeight
 from lowbit.nn.siblings import fuse_siblings
 from lowbit.nn.stored import StoredWeight
 
@@ -38,3 +41,13 @@ def prepare_model(model: nn.Module, activations: str | None = None) -> int:
     prepared = sum([module.prepare() for module in stored])
     fuse_siblings(model)
     return prepared
+
+
+def kernels_of(model: nn.Module) -> dict[str, int]:
+    """Returns what multiplies by the quantized weights of `model` -> how many weights."""
+    held = [
+        module.operand
+        for module in model.modules()
+        if isinstance(module, StoredWeight) and module.multiplies and module._names()
+    ]
+    return dict(Counter(w.kernels if isinstance(w, PreparedWeight) else "dequantize" for w in held))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from eval_models import save_checkpoint
 from lowbit_eval.latency import Comparison, Latency, Session, Workload, compare, pieces_of
+from lowbit_kernels.cpu.library import library, unavailable_reason
 
 from lowbit import quantize
 from lowbit.cli import main
@@ -115,3 +116,16 @@ def test_bad_input_is_a_sentence_and_status_2(
 ) -> None:
     assert bench(base, *arguments) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="no native kernels")
+def test_int8_activations_are_said_and_only_for_quantized_models(
+    base: Path, quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(quantized, *SMALL, "--json", "--activations", "int8") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["kernels"]) == [f"cpu ({library().isa_name})"]
+    assert bench(base, *SMALL, "--activations", "int8") == 2
+    assert "no quantized weights" in capsys.readouterr().err
+    assert bench(quantized, *SMALL, "--activations", "int4") == 2
+    assert "int8" in capsys.readouterr().err
