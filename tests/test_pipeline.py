@@ -125,6 +125,7 @@ def test_streamed_equals_unstreamed(name: str, tmp_path: Path, token_file: Path)
             assert torch.equal(value, original[key]), key
 
 
+@pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize("name", TINY)
 def test_loaded_model_equals_the_decoded_one(name: str, tmp_path: Path, token_file: Path) -> None:
     build_tiny(name, tmp_path / "model", torch.bfloat16)
