@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cpu_cases import ISA_NAMES
 from fragment_weights import DEVICE
+
+
+@pytest.fixture(scope="session")
+def library() -> Any:
+    """The native kernels that ../conftest.py compiled."""
+    path = Path(os.environ["LOWBIT_CPU_LIBRARY"])
+    if not path.exists():
+        pytest.skip("there are no native kernels: there is no C++ compiler")
+    loaded = ctypes.CDLL(str(path))
+    assert loaded.lowbit_abi() == 1
+    return loaded
+
+
+@pytest.fixture(params=range(3), ids=ISA_NAMES)
+def isa(request: pytest.FixtureRequest, library: Any) -> int:
+    """The number of an instruction set that this processor has."""
+    if request.param > library.lowbit_best_isa():
+        pytest.skip(f"this processor has no {ISA_NAMES[request.param]}")
+    return int(request.param)
 
 
 @pytest.fixture
