@@ -113,9 +113,10 @@ def random_weight(
 
 def linear(
     library: Any, weight: Packed, x: Tensor, bias: Tensor | None, planes: int, isa: int,
-    threads: int = 1, out_dtype: torch.dtype | None = None,
+    threads: int = 1, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    out = torch.full((x.shape[0], weight.c.rows), torch.nan, dtype=out_dtype or x.dtype)
+    if out is None:
+        out = torch.full((x.shape[0], weight.c.rows), torch.nan, dtype=x.dtype)
     status = library.lowbit_linear(
         ctypes.byref(weight.c), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)),
         TYPES[x.dtype], x.shape[0], ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
