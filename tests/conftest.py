@@ -34,7 +34,8 @@ KERNELS = Path(tempfile.gettempdir()) / "lowbit-test-kernels"
 if "LOWBIT_CPU_LIBRARY" not in os.environ:
     compiled = KERNELS / "none"
     if build.find_compiler() is not None:
-        compiled = build.build(KERNELS, ("-Wall", "-Wextra", "-Werror"))
+        flags = ("-Wall", "-Wextra", "-Werror", "-DLOWBIT_POISON")  # src/scratch.h
+        compiled = build.build(KERNELS, flags)
     os.environ["LOWBIT_CPU_LIBRARY"] = str(compiled)
 
 

@@ -1,10 +1,9 @@
 // The C interface: picks the instruction set, shares the work among threads, owns the scratch space.
 #include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
+#include <initializer_list>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace lowbit {
 namespace {
@@ -31,29 +30,9 @@ const Kernels& kernels_for(int isa) {
   return portable_kernels();
 }
 
-// Memory that a thread keeps between calls and that only grows.
-class Scratch {
- public:
-  // Returns `bytes` bytes at a multiple of 64, or null where there is no memory.
-  char* get(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset(new (std::nothrow) char[bytes + 64]);
-      size_ = memory_ ? bytes : 0;
-    }
-    if (!memory_) return nullptr;
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
-    return memory_.get() + (64 - address % 64) % 64;
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  size_t size_ = 0;
-};
-
 thread_local Scratch shared_scratch;  // of the calling thread, read by all
 thread_local Scratch own_scratch;
 
-size_t rounded_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 size_t type_bytes(int type) { return type == kFloat32 ? 4 : 2; }
 
 // Where the parts of the shared scratch begin.
@@ -63,15 +42,15 @@ struct Plan {
 
 Plan plan(const Weight& w, int tokens, int planes) {
   const size_t columns = padded_columns(w), parts = segments(w);
-  const size_t sums = rounded_up(tokens * parts * sizeof(float));
+  const size_t sums = part_bytes(tokens * parts * sizeof(float));
   Plan p;
   p.widened = 0;
-  p.bytes = p.widened + rounded_up(tokens * columns * sizeof(float));
-  p.unit = p.bytes + rounded_up(tokens * columns * planes);
+  p.bytes = p.widened + part_bytes(tokens * columns * sizeof(float));
+  p.unit = p.bytes + part_bytes(tokens * columns * planes);
   p.sum_high = p.unit + sums;
   p.sum_low = p.sum_high + sums;
   p.out = p.sum_low + sums;
-  p.total = p.out + rounded_up(tokens * static_cast<size_t>(strips(w)) * kStrip * sizeof(float));
+  p.total = p.out + part_bytes(tokens * static_cast<size_t>(strips(w)) * kStrip * sizeof(float));
   return p;
 }
 
@@ -111,6 +90,8 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
     const Plan at = plan(w, count, planes ? planes : 1);
     char* scratch = shared_scratch.get(at.total);
     if (!scratch) return 1;
+    for (size_t end : {at.bytes, at.unit, at.sum_high, at.sum_low, at.out, at.total})
+      close_part(scratch, end);
     float* widened = reinterpret_cast<float*>(scratch + at.widened);
     const Activations a = {planes,
                            count,
@@ -158,8 +139,8 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
 }
 
 // out[N, K] = W, rounded once to `out_type`. Returns 0, or 1 where memory ran out.
-int32_t lowbit_decode(const Weight* weight, void* out, int32_t out_type, int32_t threads,
-                      int32_t isa) {
+int32_t lowbit_decode(const Weight* weight, void* out, int32_t out_type,
+                      [[maybe_unused]] int32_t threads, int32_t isa) {
   const Weight& w = *weight;
   const Kernels& kernels = kernels_for(isa);
   bool failed = false;
