@@ -162,7 +162,7 @@ class Session:
         ids = self._random_ids(tokens).to(self._device)
         self._synchronize()
         start = time.perf_counter()
-        with torch.inference_mode():
+        with torch.no_grad():  # as in `generate`; in inference mode siblings run one by one
             logits: Tensor = self._model(
                 input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             ).logits

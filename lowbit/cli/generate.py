@@ -88,7 +88,7 @@ def _generate(
     import torch
 
     torch.manual_seed(sampling.seed)
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode siblings would run one by one
         model.generate(
             input_ids=encoded["input_ids"].to(model.device),
             attention_mask=encoded["attention_mask"].to(model.device),
