@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.cpu import memory
 from lowbit_kernels.format import SCALE_BLOCK, Format, decode_scales
 
 STRIP = 16
@@ -82,8 +83,9 @@ class StripWeight:
         (N, K), bits = shape, format.bits
         strips = -(-N // STRIP)
         columns = padded_columns(format, K)
-        codes = torch.empty(strips, columns * _low_bits(bits) // 8 * STRIP, dtype=torch.uint8)
-        high = torch.empty(strips, columns * 2, dtype=torch.uint8) if bits == 3 else None
+        width = columns * _low_bits(bits) // 8 * STRIP
+        codes = memory.empty((strips, width), torch.uint8)
+        high = memory.empty((strips, columns * 2), torch.uint8) if bits == 3 else None
         for start, stop in row_blocks(N, K):
             rows = slice(start // STRIP, -(-stop // STRIP))
             low_part, high_part = _in_strips(_pad_groups(codes_of(start, stop), format), bits)
@@ -190,7 +192,7 @@ def concatenate(weights: Sequence[StripWeight]) -> StripWeight:
 
     def joined(name: str) -> Tensor | None:
         parts = [getattr(weight, name) for weight in weights]
-        return None if parts[0] is None else torch.cat(parts)
+        return None if parts[0] is None else memory.cat(parts)
 
     codes, scale = joined("codes"), joined("scale")
     assert codes is not None
