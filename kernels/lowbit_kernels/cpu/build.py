@@ -39,7 +39,11 @@ AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
     *("-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
-X86_FLAGS = {"avx512.cpp": AVX512, "avx2.cpp": ("-mavx2", "-mfma", "-mf16c")}
+X86_FLAGS = {
+    "avx512bf16.cpp": (*AVX512, "-mavx512bf16", "-mavx512vbmi"),
+    "avx512.cpp": AVX512,
+    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+}
 OPENMP = "-fopenmp"
 
 

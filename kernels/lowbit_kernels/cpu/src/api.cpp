@@ -8,14 +8,19 @@
 namespace lowbit {
 namespace {
 
-enum Isa : int32_t { kPortableIsa = 0, kAvx2Isa = 1, kAvx512Isa = 2 };
+enum Isa : int32_t { kPortableIsa = 0, kAvx2Isa = 1, kAvx512Isa = 2, kAvx512Bf16Isa = 3 };
+enum Status : int32_t { kDone = 0, kNoMemory = 1, kNotOffered = 2 };
 
 int best_isa() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    // Cooper Lake has no VBMI, and does without.
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
+      return kAvx512Bf16Isa;
     return kAvx512Isa;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Isa;
 #endif
   return kPortableIsa;
@@ -23,6 +28,7 @@ int best_isa() {
 
 const Kernels& kernels_for(int isa) {
 #if defined(__x86_64__) || defined(__i386__)
+  if (isa == kAvx512Bf16Isa) return avx512bf16_kernels();
   if (isa == kAvx512Isa) return avx512_kernels();
   if (isa == kAvx2Isa) return avx2_kernels();
 #endif
@@ -54,6 +60,43 @@ Plan plan(const Weight& w, int tokens, int planes) {
   return p;
 }
 
+int up_to(int size, int left) { return left < size ? left : size; }
+
+// `lowbit_linear` by bfloat16 products; x and out are those of the first of up to kPairTokens tokens.
+int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x, int64_t x_stride,
+                     int tokens, const float* bias, char* out, int out_type, int threads) {
+  const int rows = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile, all_strips = strips(w);
+  const size_t blocks = (padded_columns(w) + kBlockColumns - 1) / kBlockColumns;
+  char* scratch = shared_scratch.get(part_bytes(blocks * rows * kBlockColumns * sizeof(uint16_t)));
+  if (!scratch) return kNoMemory;
+  uint16_t* arranged = reinterpret_cast<uint16_t*>(scratch);
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int m = 0; m < rows; m++) kernels.arrange(w, m < tokens ? x + m * x_stride : nullptr, m, rows, arranged);
+    const size_t sums_at = part_bytes(sizeof(uint16_t) * kBlockStrips * kPanelStride);
+    const size_t total = sums_at + part_bytes(sizeof(float) * rows * kBlockRows);
+    char* own = own_scratch.get(total);
+    if (!own) {
+#pragma omp atomic write
+      failed = true;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int strip = 0; strip < all_strips; strip += kBlockStrips) {
+      if (!own) continue;
+      const int first = strip * kStrip, count = up_to(kBlockRows, w.rows - first);
+      float* sums = reinterpret_cast<float*>(own + sums_at);
+      kernels.multiply_pairs(w, arranged, tokens, rows, strip, up_to(kBlockStrips, all_strips - strip),
+                             reinterpret_cast<uint16_t*>(own), sums);
+      for (int m = 0; m < tokens; m++)
+        kernels.narrow(sums + m * kBlockRows, bias ? bias + first : nullptr, count, out_type,
+                       out + (static_cast<size_t>(m) * w.rows + first) * type_bytes(out_type));
+    }
+  }
+  return failed ? kNoMemory : kDone;
+}
+
 }  // namespace
 }  // namespace lowbit
 
@@ -70,18 +113,32 @@ int32_t lowbit_abi() { return 1; }
 #endif
 const char* lowbit_mark() { return LOWBIT_MARK; }
 
-// 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+// 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 that with BF16 and VBMI. Each offers what those before
+// it offer.
 int32_t lowbit_best_isa() { return best_isa(); }
 
 // out[M, N] = x[M, K] W^T + bias. Rows of x are `x_stride` elements apart, those of out N.
 //
-// planes: 2 multiplies by 16-bit integers, 1 by 8-bit ones, 0 by the float32 activations themselves.
-// Returns 0, or 1 where memory ran out.
+// planes: 2 multiplies by 16-bit integers, 1 by 8-bit ones, 0 by the float32 activations themselves;
+// 3 multiplies bfloat16 activations by weights rounded to bfloat16.
+// Returns 0, 1 where memory ran out, or 2 where planes is 3 and either the instruction set is below 3
+// or x is not bfloat16.
 int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int32_t x_type,
                       int32_t tokens, const float* bias, void* out, int32_t out_type,
                       int32_t planes, int32_t threads, int32_t isa) {
   const Weight& w = *weight;
   const Kernels& kernels = kernels_for(isa);
+  if (planes == 3) {
+    if (!kernels.multiply_pairs || x_type != kBFloat16) return kNotOffered;
+    for (int start = 0; start < tokens; start += kPairTokens) {
+      const size_t skipped = static_cast<size_t>(start) * w.rows * type_bytes(out_type);
+      const int status = multiply_bfloats(
+          kernels, w, static_cast<const uint16_t*>(x) + start * x_stride, x_stride,
+          up_to(kPairTokens, tokens - start), bias, static_cast<char*>(out) + skipped, out_type, threads);
+      if (status != kDone) return status;
+    }
+    return kDone;
+  }
   const int all_strips = strips(w), columns = padded_columns(w);
   const size_t out_stride = static_cast<size_t>(all_strips) * kStrip;
   bool failed = false;

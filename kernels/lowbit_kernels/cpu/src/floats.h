@@ -200,7 +200,8 @@ inline void narrow(const float* in, const float* bias, int count, int type, void
 
 inline Kernels kernels_of_this_isa() {
   using namespace LOWBIT_ISA;
-  return {widen, quantize, multiply, multiply_block, multiply_many, decode, narrow};
+  return {widen,  quantize, multiply, multiply_block, multiply_many,
+          decode, narrow,   nullptr,  nullptr};
 }
 
 }  // namespace lowbit

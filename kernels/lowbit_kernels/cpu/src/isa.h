@@ -9,8 +9,11 @@
 
 #include "weight.h"
 
+// A name per file and set of flags: two functions of one name would be linked as one of them.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#ifndef LOWBIT_ISA  // avx512bf16.cpp and amx.cpp name themselves
 #define LOWBIT_ISA avx512
+#endif
 #include "isa_avx512.h"
 #elif defined(__AVX2__)
 #define LOWBIT_ISA avx2

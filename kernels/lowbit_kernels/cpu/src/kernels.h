@@ -7,6 +7,15 @@
 
 namespace lowbit {
 
+// Bfloat16 products (bf16.h) decode this much of a weight at a time.
+constexpr int kBlockStrips = 4;
+constexpr int kBlockRows = kBlockStrips * kStrip;
+constexpr int kBlockColumns = 256;
+// Elements from one decoded strip to the next. Not a power of two: see kSegmentBytes in block.h.
+constexpr int kPanelStride = kBlockColumns * kStrip + 32;
+// Tokens that are multiplied with a block while it is there, and what their number is padded to.
+constexpr int kPairTokens = 512, kTokenTile = 16;
+
 struct Kernels {
   // Rows of x of any type as float32 in the padded order of columns, [padded columns].
   void (*widen)(const Weight& w, const void* x, int type, float* out);
@@ -27,12 +36,21 @@ struct Kernels {
   // Float32 sums as another type, with the bias added before rounding where there is one; `in` may
   // be read up to a multiple of 16.
   void (*narrow)(const float* in, const float* bias, int count, int type, void* out);
+  // Bfloat16 products; null where the instruction set has none. One token of x, [columns] or null
+  // for zeros, as row `token` of [blocks of columns][rows][kBlockColumns].
+  void (*arrange)(const Weight& w, const uint16_t* x, int token, int rows, uint16_t* out);
+  // Products of the first `tokens` of those rows (`rows`: them, up to a multiple of kTokenTile) with
+  // `count` strips, [rows][kBlockRows]. `panel` is bfloat16 [kBlockStrips][kPanelStride].
+  void (*multiply_pairs)(const Weight& w, const uint16_t* x, int tokens, int rows, int strip,
+                         int count, uint16_t* panel, float* sums);
 };
 
 inline size_t panel_floats(const Weight& w) {
   return static_cast<size_t>(padded_columns(w)) * kStrip;
 }
 
+const Kernels& amx_kernels();
+const Kernels& avx512bf16_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& portable_kernels();
