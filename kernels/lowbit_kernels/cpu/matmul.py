@@ -108,26 +108,32 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     codes, high, scale, zero, bias, form, N, K, activations = arguments
     weight = _weight((codes, high, scale, zero, form, N, K))
     flat = x.reshape(-1, K)
-    tokens = flat.shape[0]
-    native = library()
-    mode = dispatch.choose(native.isa_name, x.dtype, tokens, weight.format, activations)
+    mode = dispatch.choose(library().isa_name, x.dtype, flat.shape[0], weight.format, activations)
     if mode == dispatch.DECODE:
-        return _decoded_linear(flat, weight, bias).view(*x.shape[:-1], N)
-    if tokens and flat.stride(1) != 1:
-        flat = flat.contiguous()
+        out = decoded_linear(flat, weight, bias)
+    else:
+        out = native_linear(flat, weight, bias, mode)
+    return out.view(*x.shape[:-1], N)
+
+
+def native_linear(x: Tensor, weight: StripWeight, bias: Tensor | None, planes: int) -> Tensor:
+    """Returns `x W^T + bias`, `[M, N]`, by the kernels for `planes` (see `dispatch`)."""
+    native, (tokens, K), N = library(), x.shape, weight.out_features
+    if tokens and x.stride(1) != 1:
+        x = x.contiguous()
     if bias is not None:
         bias = bias.float().contiguous()
-    out = x.new_empty((*x.shape[:-1], N))
+    out = x.new_empty((tokens, N))
     status = native.linear(
         weight.header(),
-        flat.data_ptr(),
-        flat.stride(0),
+        x.data_ptr(),
+        x.stride(0),
         TYPES[x.dtype],
         tokens,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
         TYPES[x.dtype],
-        mode,
+        planes,
         _threads(N * K * tokens),
         native.isa,
     )
@@ -135,17 +141,17 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return out
 
 
-def _decoded_linear(flat: Tensor, weight: StripWeight, bias: Tensor | None) -> Tensor:
-    """Returns `x W^T + bias` by decoding blocks of rows and torch's own matmul."""
-    bias = None if bias is None else bias.to(flat.dtype)
-    blocks = list(_blocks(weight, flat.dtype))
+def decoded_linear(x: Tensor, weight: StripWeight, bias: Tensor | None) -> Tensor:
+    """Returns `x W^T + bias`, `[M, N]`, by decoding blocks of rows and torch's own matmul."""
+    bias = None if bias is None else bias.to(x.dtype)
+    blocks = _blocks(weight, x.dtype)
     if len(blocks) == 1:
-        return F.linear(flat, _decode_into_buffer(weight, flat.dtype), bias)
-    out = flat.new_empty((flat.shape[0], weight.out_features))
+        return F.linear(x, _decode_into_buffer(weight, x.dtype), bias)
+    out = x.new_empty((x.shape[0], weight.out_features))
     for start, stop in blocks:
         rows = slice(start * STRIP, min(stop * STRIP, weight.out_features))
-        decoded = _decode_into_buffer(weight.strip_range(start, stop), flat.dtype)
-        out[:, rows] = F.linear(flat, decoded, None if bias is None else bias[rows])
+        decoded = _decode_into_buffer(weight.strip_range(start, stop), x.dtype)
+        out[:, rows] = F.linear(x, decoded, None if bias is None else bias[rows])
     return out
 
 
@@ -153,7 +159,7 @@ def _linear_grad_input(grad: Tensor, *arguments: Any) -> Tensor:
     weight = _weight(arguments)
     flat = grad.reshape(-1, weight.out_features)
     # Partial sums over blocks of rows are kept in float32, as one matmul would keep them.
-    blocks = list(_blocks(weight, grad.dtype))
+    blocks = _blocks(weight, grad.dtype)
     if len(blocks) == 1:
         total = flat @ _decode_into_buffer(weight, grad.dtype)
     else:
