@@ -22,7 +22,7 @@ def library() -> Any:
     if not path.exists():
         pytest.skip("there are no native kernels: there is no C++ compiler")
     loaded = ctypes.CDLL(str(path))
-    assert loaded.lowbit_abi() == 1
+    assert loaded.lowbit_abi() == 2
     return loaded
 
 

@@ -113,14 +113,15 @@ def random_weight(
 
 def linear(
     library: Any, weight: Packed, x: Tensor, bias: Tensor | None, planes: int, isa: int,
-    threads: int = 1, out: Tensor | None = None,
+    threads: int = 1, out: Tensor | None = None, step: float = 0.0,
 ) -> Tensor:  # fmt: skip
     if out is None:
         out = torch.full((x.shape[0], weight.c.rows), torch.nan, dtype=x.dtype)
     status = library.lowbit_linear(
         ctypes.byref(weight.c), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)),
         TYPES[x.dtype], x.shape[0], ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()), TYPES[out.dtype], planes, threads, isa,
+        ctypes.c_void_p(out.data_ptr()), TYPES[out.dtype], planes,
+        ctypes.c_float(step), threads, isa,
     )  # fmt: skip
     assert status == 0
     return out

@@ -18,11 +18,11 @@ import torch  # noqa: F401 - its OpenMP runtime must be in the process before th
 
 from lowbit_kernels.cpu.build import LIBRARY_NAME
 
-ABI = 1
+ABI = 2
 # By their numbers in src/api.cpp; each does what those before it do.
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class Library:
@@ -41,7 +41,12 @@ class Library:
         self.linear = loaded.lowbit_linear
         self.linear.argtypes = (
             *(ctypes.c_char_p, _POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _INT),
-            *(_INT, _INT, _INT),
+            *(_INT, _FLOAT, _INT, _INT),
+        )
+        self.experts = loaded.lowbit_experts
+        self.experts.argtypes = (
+            *(ctypes.c_char_p, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
+            *(_POINTER, _INT, _INT, _INT, _INT),
         )
         self.decode = loaded.lowbit_decode
         self.decode.argtypes = (ctypes.c_char_p, _POINTER, _INT, _INT, _INT)

@@ -116,8 +116,13 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return out.view(*x.shape[:-1], N)
 
 
-def native_linear(x: Tensor, weight: StripWeight, bias: Tensor | None, planes: int) -> Tensor:
-    """Returns `x W^T + bias`, `[M, N]`, by the kernels for `planes` (see `dispatch`)."""
+def native_linear(
+    x: Tensor, weight: StripWeight, bias: Tensor | None, planes: int, step: float = 0.0
+) -> Tensor:
+    """Returns `x W^T + bias`, `[M, N]`, by the kernels for `planes` (see `dispatch`).
+
+    `step` is the unit of 8-bit activations: see `Activations` in src/weight.h.
+    """
     native, (tokens, K), N = library(), x.shape, weight.out_features
     if tokens and x.stride(1) != 1:
         x = x.contiguous()
@@ -134,6 +139,7 @@ def native_linear(x: Tensor, weight: StripWeight, bias: Tensor | None, planes: i
         out.data_ptr(),
         TYPES[x.dtype],
         planes,
+        step,
         _threads(N * K * tokens),
         native.isa,
     )

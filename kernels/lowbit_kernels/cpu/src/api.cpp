@@ -1,15 +1,12 @@
 // The C interface: picks the instruction set, shares the work among threads, owns the scratch space.
-#include <cstdlib>
-#include <initializer_list>
+#include <vector>
 
-#include "kernels.h"
-#include "scratch.h"
+#include "tasks.h"
 
 namespace lowbit {
 namespace {
 
 enum Isa : int32_t { kPortableIsa = 0, kAvx2Isa = 1, kAvx512Isa = 2, kAvx512Bf16Isa = 3 };
-enum Status : int32_t { kDone = 0, kNoMemory = 1, kNotOffered = 2 };
 
 int best_isa() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -38,27 +35,7 @@ const Kernels& kernels_for(int isa) {
 
 thread_local Scratch shared_scratch;  // of the calling thread, read by all
 thread_local Scratch own_scratch;
-
-size_t type_bytes(int type) { return type == kFloat32 ? 4 : 2; }
-
-// Where the parts of the shared scratch begin.
-struct Plan {
-  size_t widened, bytes, unit, sum_high, sum_low, out, total;
-};
-
-Plan plan(const Weight& w, int tokens, int planes) {
-  const size_t columns = padded_columns(w), parts = segments(w);
-  const size_t sums = part_bytes(tokens * parts * sizeof(float));
-  Plan p;
-  p.widened = 0;
-  p.bytes = p.widened + part_bytes(tokens * columns * sizeof(float));
-  p.unit = p.bytes + part_bytes(tokens * columns * planes);
-  p.sum_high = p.unit + sums;
-  p.sum_low = p.sum_high + sums;
-  p.out = p.sum_low + sums;
-  p.total = p.out + part_bytes(tokens * static_cast<size_t>(strips(w)) * kStrip * sizeof(float));
-  return p;
-}
+thread_local std::vector<Piece> pieces;  // only grows
 
 int up_to(int size, int left) { return left < size ? left : size; }
 
@@ -97,6 +74,17 @@ int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x,
   return failed ? kNoMemory : kDone;
 }
 
+// Weight number `e` of those that lie one after the other from `first` on.
+Weight expert(const Weight& first, int e) {
+  Weight w = first;
+  const size_t skipped = static_cast<size_t>(strips(w)) * e;
+  w.codes += skipped * strip_bytes(w);
+  if (w.high) w.high += skipped * padded_columns(w) * 2;
+  w.scale = static_cast<const char*>(w.scale) + skipped * w.groups * kStrip * type_bytes(w.scale_type);
+  if (w.zero) w.zero += skipped * w.groups * kStrip;
+  return w;
+}
+
 }  // namespace
 }  // namespace lowbit
 
@@ -105,7 +93,7 @@ using namespace lowbit;
 extern "C" {
 
 // 1 is added whenever the layout of Weight or a signature changes; the Python side refuses others.
-int32_t lowbit_abi() { return 1; }
+int32_t lowbit_abi() { return 2; }
 
 // What this was compiled from, as a hash (build.py).
 #ifndef LOWBIT_MARK
@@ -121,11 +109,12 @@ int32_t lowbit_best_isa() { return best_isa(); }
 //
 // planes: 2 multiplies by 16-bit integers, 1 by 8-bit ones, 0 by the float32 activations themselves;
 // 3 multiplies bfloat16 activations by weights rounded to bfloat16.
+// step: what one unit of the integers is, see Activations.
 // Returns 0, 1 where memory ran out, or 2 where planes is 3 and either the instruction set is below 3
 // or x is not bfloat16.
 int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int32_t x_type,
                       int32_t tokens, const float* bias, void* out, int32_t out_type,
-                      int32_t planes, int32_t threads, int32_t isa) {
+                      int32_t planes, float step, int32_t threads, int32_t isa) {
   const Weight& w = *weight;
   const Kernels& kernels = kernels_for(isa);
   if (planes == 3) {
@@ -139,60 +128,41 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
     }
     return kDone;
   }
-  const int all_strips = strips(w), columns = padded_columns(w);
-  const size_t out_stride = static_cast<size_t>(all_strips) * kStrip;
-  bool failed = false;
+  const Call call = {static_cast<const char*>(x), x_stride, x_type, bias, static_cast<char*>(out),
+                     out_type, planes, step, threads};
   for (int start = 0; start < tokens; start += kTokenBlock) {
-    const int count = tokens - start < kTokenBlock ? tokens - start : kTokenBlock;
-    const Plan at = plan(w, count, planes ? planes : 1);
-    char* scratch = shared_scratch.get(at.total);
-    if (!scratch) return 1;
-    for (size_t end : {at.bytes, at.unit, at.sum_high, at.sum_low, at.out, at.total})
-      close_part(scratch, end);
-    float* widened = reinterpret_cast<float*>(scratch + at.widened);
-    const Activations a = {planes,
-                           count,
-                           reinterpret_cast<int8_t*>(scratch + at.bytes),
-                           reinterpret_cast<float*>(scratch + at.unit),
-                           reinterpret_cast<float*>(scratch + at.sum_high),
-                           reinterpret_cast<float*>(scratch + at.sum_low)};
-    float* sums = reinterpret_cast<float*>(scratch + at.out);
-    const char* first = static_cast<const char*>(x) + start * x_stride * type_bytes(x_type);
-    // A few strips at a time, so that a thread that is held up leaves work to the others.
-    const int step = all_strips / (threads * 8) > 4 ? all_strips / (threads * 8) / 4 * 4 : 4;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-      for (int m = 0; m < count; m++) {
-        float* row = widened + static_cast<size_t>(m) * columns;
-        kernels.widen(w, first + m * x_stride * type_bytes(x_type), x_type, row);
-        if (planes) kernels.quantize(w, row, m, a);
-      }
-      float* panel = nullptr;
-      if (!planes) panel = reinterpret_cast<float*>(own_scratch.get(panel_floats(w) * 4));
-      if (!planes && !panel) {
-#pragma omp atomic write
-        failed = true;
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int strip = 0; strip < all_strips; strip += step) {
-        const int last = strip + step < all_strips ? strip + step : all_strips;
-        if (!planes) {
-          if (panel) kernels.multiply_many(w, widened, count, strip, last, panel, sums, out_stride);
-          continue;
-        }
-        (count <= kMaxTokens ? kernels.multiply : kernels.multiply_block)(w, a, strip, last, sums,
-                                                                          out_stride);
-      }
-#pragma omp for schedule(static)
-      for (int m = 0; m < count; m++)
-        kernels.narrow(sums + m * out_stride, bias, w.rows, out_type,
-                       static_cast<char*>(out) +
-                           static_cast<size_t>(start + m) * w.rows * type_bytes(out_type));
-    }
-    if (failed) return 1;
+    pieces.assign(1, {w, start, up_to(kTokenBlock, tokens - start), nullptr, nullptr, {}, {}, {}});
+    const Status status = run(kernels, call, pieces, shared_scratch);
+    if (status != kDone) return status;
   }
-  return 0;
+  return kDone;
+}
+
+// out[out_rows[i], N] = W_e x[tokens[i]] for i in offsets[e] ... offsets[e + 1] - 1 and each of
+// `experts` weights, whose strips lie one weight after the other; `weight` is the first.
+int32_t lowbit_experts(const Weight* weight, int32_t experts, const int32_t* offsets,
+                       const int32_t* tokens, const int32_t* out_rows, const void* x,
+                       int64_t x_stride, int32_t x_type, void* out, int32_t out_type,
+                       int32_t planes, int32_t threads, int32_t isa) {
+  if (planes != 1 && planes != 2) return kNotOffered;
+  const Kernels& kernels = kernels_for(isa);
+  const Call call = {static_cast<const char*>(x), x_stride, x_type, nullptr,
+                     static_cast<char*>(out), out_type, planes, 0.0f, threads};
+  pieces.clear();
+  int waiting = 0;
+  for (int e = 0; e < experts; e++)
+    for (int i = offsets[e]; i < offsets[e + 1]; i += kTokenBlock) {
+      const int count = up_to(kTokenBlock, offsets[e + 1] - i);
+      if (waiting + count > kTokenBlock) {
+        const Status status = run(kernels, call, pieces, shared_scratch);
+        if (status != kDone) return status;
+        pieces.clear();
+        waiting = 0;
+      }
+      pieces.push_back({expert(*weight, e), 0, count, tokens + i, out_rows + i, {}, {}, {}});
+      waiting += count;
+    }
+  return run(kernels, call, pieces, shared_scratch);
 }
 
 // out[N, K] = W, rounded once to `out_type`. Returns 0, or 1 where memory ran out.

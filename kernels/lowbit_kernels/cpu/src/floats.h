@@ -32,26 +32,41 @@ inline float rounded(float v) {
   return (v + magic) - magic;
 }
 
-inline void quantize_segment(const float* x, int columns, int planes, int8_t* bytes, float* unit,
-                             float* sum_high, float* sum_low) {
-  // Positive floats are ordered as their bits; NaN is the largest and reaches the unit.
-  int32_t largest_bits = 0;
+// Bits of the largest magnitude: positive floats are ordered as their bits, NaN above infinity.
+inline int32_t largest_bits(const float* x, int columns) {
+  int32_t largest = 0;
   for (int i = 0; i < columns; i++) {
     int32_t bits;
     std::memcpy(&bits, x + i, 4);
     bits &= 0x7FFFFFFF;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
+    largest = bits > largest ? bits : largest;
   }
+  return largest;
+}
+
+// What integers are multiplied by to give values, and values to give integers.
+struct Units {
+  float unit, inverse;
+};
+
+inline Units units_of(int32_t bits, int planes, float step) {
   float largest;
-  std::memcpy(&largest, &largest_bits, 4);
+  std::memcpy(&largest, &bits, 4);
+  if (step > 0.0f) return {largest != largest ? largest : step, largest != largest ? 0.0f : 1.0f / step};
   const float top = planes == 2 ? static_cast<float>(kLargest) : 127.0f;
-  const float inverse = largest > 0.0f && std::isfinite(top / largest) ? top / largest : 0.0f;
-  // A segment too small for its inverse to exist counts as zero; NaN and infinity stay what they are.
-  *unit = std::isfinite(largest) ? largest / top : largest - largest;
+  // What is too small for its inverse to exist counts as zero; NaN and infinity give NaN.
+  return {std::isfinite(largest) ? largest / top : largest - largest,
+          largest > 0.0f && std::isfinite(top / largest) ? top / largest : 0.0f};
+}
+
+inline void quantize_segment(const float* x, int columns, int planes, const Units& units,
+                             bool clamped, int8_t* bytes, float* sum_high, float* sum_low) {
   alignas(64) int32_t high[kSegment], low[kSegment];
   int32_t total_high = 0, total_low = 0;
   for (int i = 0; i < columns; i++) {
-    const float value = rounded(x[i] * inverse);
+    float scaled = x[i] * units.inverse;
+    if (clamped) scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+    const float value = rounded(scaled);
     const float upper = planes == 2 ? rounded(value * (1.0f / kRadix)) : value;
     high[i] = static_cast<int32_t>(upper);
     low[i] = static_cast<int32_t>(value - upper * kRadix);
@@ -72,13 +87,18 @@ inline void quantize_segment(const float* x, int columns, int planes, int8_t* by
 inline void quantize(const Weight& w, const float* x, int token, const Activations& a) {
   int8_t* bytes = a.bytes;
   size_t at = token;
+  const bool shared = a.step != 0.0f;
+  Units units = {};
+  if (shared) units = units_of(largest_bits(x, padded_columns(w)), a.planes, a.step);
   for (int g = 0; g < w.groups; g++) {
     const int group = padded(group_columns(w, g));
     for (int start = 0; start < group; start += kSegment, at += a.tokens) {
       const int length = group - start < kSegment ? group - start : kSegment;
       const size_t row = static_cast<size_t>(length) * a.planes;
-      quantize_segment(x, length, a.planes, bytes + token * row, a.unit + at, a.sum_high + at,
-                       a.sum_low + at);
+      if (!shared) units = units_of(largest_bits(x, length), a.planes, 0.0f);
+      quantize_segment(x, length, a.planes, units, a.step > 0.0f, bytes + token * row,
+                       a.sum_high + at, a.sum_low + at);
+      a.unit[at] = units.unit;
       x += length;
       bytes += a.tokens * row;
     }

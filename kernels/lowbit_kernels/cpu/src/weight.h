@@ -73,6 +73,9 @@ inline size_t strip_bytes(const Weight& w) {
 struct Activations {
   int planes;
   int tokens;
+  // 0: a unit per token and segment, from the largest value there; -1: one per token; above: that
+  // unit for all, and values beyond 127 of it are 127.
+  float step;
   int8_t* bytes;      // [segments][tokens][columns of the segment / 4][planes][4]
   float* unit;        // [segments][tokens]: value = unit * integer
   float* sum_high;    // [segments][tokens]: sums of the bytes
