@@ -95,11 +95,13 @@ def _weight(arguments: tuple[Any, ...]) -> StripWeight:
     return StripWeight(Format.parse(form), out_features, in_features, codes, high, scale, zero)
 
 
-def _threads(products: int) -> int:
+def threads_for(products: int) -> int:
+    """Returns how many threads a product of so many multiplications is worth."""
     return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raises RuntimeError unless a native function returned 0."""
     if status:
         raise RuntimeError(_ERRORS[status])
 
@@ -107,13 +109,19 @@ def _check(status: int) -> None:
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     codes, high, scale, zero, bias, form, N, K, activations = arguments
     weight = _weight((codes, high, scale, zero, form, N, K))
-    flat = x.reshape(-1, K)
-    mode = dispatch.choose(library().isa_name, x.dtype, flat.shape[0], weight.format, activations)
-    if mode == dispatch.DECODE:
-        out = decoded_linear(flat, weight, bias)
-    else:
-        out = native_linear(flat, weight, bias, mode)
+    out = product(x.reshape(-1, K), weight, bias, activations)
     return out.view(*x.shape[:-1], N)
+
+
+def product(
+    x: Tensor, weight: StripWeight, bias: Tensor | None, activations: str = dispatch.FLOAT
+) -> Tensor:
+    """Returns `x W^T + bias`, `[M, N]` in x's dtype, the way that is fastest here."""
+    native = library()
+    mode = dispatch.choose(native.isa_name, x.dtype, x.shape[0], weight.format, activations)
+    if mode == dispatch.DECODE:
+        return decoded_linear(x, weight, bias)
+    return native_linear(x, weight, bias, mode)
 
 
 def native_linear(
@@ -140,10 +148,10 @@ def native_linear(
         TYPES[x.dtype],
         planes,
         step,
-        _threads(N * K * tokens),
+        threads_for(N * K * tokens),
         native.isa,
     )
-    _check(status)
+    check(status)
     return out
 
 
@@ -163,19 +171,21 @@ def decoded_linear(x: Tensor, weight: StripWeight, bias: Tensor | None) -> Tenso
 
 def _linear_grad_input(grad: Tensor, *arguments: Any) -> Tensor:
     weight = _weight(arguments)
-    flat = grad.reshape(-1, weight.out_features)
-    # Partial sums over blocks of rows are kept in float32, as one matmul would keep them.
+    out = grad_product(grad.reshape(-1, weight.out_features), weight)
+    return out.view(*grad.shape[:-1], weight.in_features)
+
+
+def grad_product(grad: Tensor, weight: StripWeight) -> Tensor:
+    """Returns `grad W`, `[M, K]` in grad's dtype."""
     blocks = _blocks(weight, grad.dtype)
     if len(blocks) == 1:
-        total = flat @ _decode_into_buffer(weight, grad.dtype)
-    else:
-        wide = flat.new_zeros((flat.shape[0], weight.in_features), dtype=torch.float32)
-        for start, stop in blocks:
-            rows = slice(start * STRIP, min(stop * STRIP, weight.out_features))
-            decoded = _decode_into_buffer(weight.strip_range(start, stop), grad.dtype)
-            wide += flat[:, rows] @ decoded
-        total = wide.to(grad.dtype)
-    return total.view(*grad.shape[:-1], weight.in_features)
+        return grad @ _decode_into_buffer(weight, grad.dtype)
+    # Partial sums over blocks of rows are kept in float32, as one matmul would keep them.
+    total = grad.new_zeros((grad.shape[0], weight.in_features), dtype=torch.float32)
+    for start, stop in blocks:
+        rows = slice(start * STRIP, min(stop * STRIP, weight.out_features))
+        total += grad[:, rows] @ _decode_into_buffer(weight.strip_range(start, stop), grad.dtype)
+    return total.to(grad.dtype)
 
 
 def _blocks(weight: StripWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -196,9 +206,9 @@ def _decode_into_buffer(weight: StripWeight, dtype: torch.dtype) -> Tensor:
 def _decode(weight: StripWeight, out: Tensor) -> Tensor:
     """Fills `out` `[N, K]` with the weight, and returns it."""
     native = library()
-    threads = _threads(out.numel())
+    threads = threads_for(out.numel())
     status = native.decode(weight.header(), out.data_ptr(), TYPES[out.dtype], threads, native.isa)
-    _check(status)
+    check(status)
     return out
 
 

@@ -137,12 +137,16 @@ class StripWeight:
         """Returns `scale` or `zero` of `rows` (int64 `[n]`), `[n, groups]`."""
         return tensor[rows // STRIP, :, rows % STRIP]
 
-    def strip_range(self, start: int, stop: int) -> StripWeight:
-        """Returns a view of the strips `start` to `stop`, all of whose rows count."""
+    def strip_range(self, start: int, stop: int, out_features: int | None = None) -> StripWeight:
+        """Returns a view of the strips `start` to `stop`.
+
+        Its first `out_features` rows count; None: all that count here.
+        """
         rows = slice(start, stop)
+        rows_here = min(self.out_features, stop * STRIP) - start * STRIP
         return dataclasses.replace(
             self,
-            out_features=min(self.out_features, stop * STRIP) - start * STRIP,
+            out_features=rows_here if out_features is None else out_features,
             codes=self.codes[rows],
             high=None if self.high is None else self.high[rows],
             scale=self.scale[rows],

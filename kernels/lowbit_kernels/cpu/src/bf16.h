@@ -71,13 +71,14 @@ inline __m512 decoded(__m512i quad, __m512i bytes, __m512 levels, const GroupSca
 // The next `columns` columns of one group, [columns / 2][16][2]. The codes of the next block are asked
 // for meanwhile: there is time to read them while this one is multiplied.
 template <int kKind>
-LOWBIT_LOOP void decode_run(Cursor& at, int columns, const GroupScale& s, const float* level,
+LOWBIT_LOOP void decode_run(Cursor& at, int columns, const GroupScale& scales, const float* level,
                             uint16_t* out) {
   using Layout = Codes<kKind == kCodebook ? kInt4 : kKind>;  // codes, not what they stand for
   constexpr int kNextBlock = kBlockColumns / Layout::kColumns;
   const __m512i bytes[2][2] = {{pair_bytes(0, 0), pair_bytes(0, 1)},
                                {pair_bytes(1, 0), pair_bytes(1, 1)}};
   const __m512 levels = kKind == kCodebook ? _mm512_loadu_ps(level) : _mm512_setzero_ps();
+  const GroupScale s = scales;  // in registers
   const Isa::Bytes none = {};
   const uint8_t* codes = at.codes;
   const uint8_t* high = at.high;
