@@ -3,6 +3,7 @@
 #   make demo      quantize the bundled model and compare (about three minutes on two cores)
 #   make test      the whole test suite
 #   make lint      ruff and mypy
+#   make sanitize  the tests of the native CPU kernels under AddressSanitizer and UBSan (needs g++)
 #   make bench-gpu measure the kernels, a decoder and GPTQ on a GPU (docs/benchmarks-gpu.md)
 #   make clean     remove the environment and everything generated
 #
@@ -11,6 +12,7 @@
 #   TORCH='...'           what pip installs as torch. On Linux the default brings CUDA, several GB.
 #                         Without a GPU:
 #     make demo TORCH='torch --extra-index-url https://download.pytorch.org/whl/cpu'
+#   CXX=clang++           what compiles the native CPU kernels; without a compiler there are none
 #   BENCH_PYTHON=python3  what runs bench-gpu, instead of .venv: nothing is installed then
 #   BENCH='--tune'        arguments of bench-gpu
 
@@ -22,17 +24,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
+NATIVE := kernels/lowbit_kernels/cpu
 
-.PHONY: help demo test lint bench-gpu clean
+.PHONY: help demo test lint sanitize bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#   /s/^#//p' Makefile
 
-demo: $(VENV)/installed
+demo: $(VENV)/compiled
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/compiled
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-dev
@@ -40,17 +43,27 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(VENV)/installed-dev
+	$(BIN)/python scripts/sanitize.py
+
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed-bench)
 	$(BENCH_PYTHON) kernels/benchmarks/gpu.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist demo-output bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(NATIVE)/liblowbit.* $(NATIVE)/.lowbit-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than what they were made from, so a second call costs nothing.
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing lowbit into $(VENV) (make TORCH=... chooses another torch, see Makefile)"
 	$(PIP) $(TORCH) -e .
+	@touch $@
+
+# Installing compiled the native kernels; this does it again when their sources have changed. Status 2
+# is a compiler that is missing or refuses them: lowbit works without, and a test of theirs fails.
+$(VENV)/compiled: $(VENV)/installed $(NATIVE)/build.py $(wildcard $(NATIVE)/src/*)
+	$(BIN)/python -m lowbit_kernels.cpu.build || [ $$? -eq 2 ]
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
