@@ -93,12 +93,14 @@ class StripPrepared(PreparedWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight `[N, K]` in `dtype`."""
-        if dtype == torch.float64:  # not a dtype of the kernels; float32 is exact
+        if dtype == torch.float64:  # no dtype of the kernels; float32 is exact
             return matmul.dequantize(self.weight, torch.float32).double()
         return matmul.dequantize(self.weight, dtype)
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the weights of `rows` (int64 `[n]`), `[n, K]` in `dtype`."""
+        if dtype == torch.float64:
+            return matmul.dequantize_rows(rows, self.weight, torch.float32).double()
         return matmul.dequantize_rows(rows, self.weight, dtype)
 
     def canonical(self) -> QuantizedWeight:

@@ -104,7 +104,12 @@ def test_decoding_is_exact(
     assert torch.equal(prepared.dequantize(dtype), qweight.dequantize(dtype))
     assert torch.equal(prepared.dequantize(torch.float64), qweight.dequantize(torch.float64))
     rows = torch.tensor([shape[0] - 1, 0, 17, 17])
-    assert torch.equal(prepared.dequantize_rows(rows, dtype), qweight.dequantize_rows(rows, dtype))
+    for of in (dtype, torch.float64):
+        assert torch.equal(prepared.dequantize_rows(rows, of), qweight.dequantize_rows(rows, of))
+    assert prepared.dequantize_rows(rows[:0], dtype).shape == (0, shape[1])
+    for wrong in (-1, shape[0]):
+        with pytest.raises(IndexError, match=str(wrong)):
+            prepared.dequantize_rows(torch.tensor([0, wrong]), dtype)
 
 
 @every_scheme

@@ -48,6 +48,8 @@ class Library:
             *(ctypes.c_char_p, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
             *(_POINTER, _INT, _INT, _INT, _INT),
         )
+        self.decode_rows = loaded.lowbit_decode_rows
+        self.decode_rows.argtypes = (ctypes.c_char_p, _POINTER, _INT, _POINTER, _INT, _INT, _INT)
         self.decode = loaded.lowbit_decode
         self.decode.argtypes = (ctypes.c_char_p, _POINTER, _INT, _INT, _INT)
 

@@ -220,27 +220,26 @@ def _dequantize(*arguments: Any) -> Tensor:
 
 def _dequantize_rows(rows: Tensor, *arguments: Any) -> Tensor:
     *stored_and_shape, dtype = arguments
-    weight = _weight(tuple(stored_and_shape))
-    form, K = weight.format, weight.in_features
-    if rows.numel() and int(rows.max()) >= weight.out_features:
-        raise IndexError(f"row {int(rows.max())} of a weight with {weight.out_features}")
-    codes = weight.codes_at(rows)
-    if form.codebook is not None:
-        levels = torch.tensor(form.codebook)[codes.long()]
-    elif weight.zero is None:
-        levels = codes.float() - float(1 << (form.bits - 1))
-    else:
-        zeros = weight.group_values_at(weight.zero, rows).float()
-        levels = codes.float() - _per_column(zeros, form, K)
-    scales = weight.group_values_at(weight.scale, rows).float()
-    return (levels * _per_column(scales, form, K)).to(dtype)
-
-
-def _per_column(values: Tensor, form: Format, in_features: int) -> Tensor:
-    """Returns `[n, groups]` repeated over the columns of each group, `[n, K]`."""
-    if not form.group_size:
-        return values
-    return values.repeat_interleave(form.group_size, 1)[:, :in_features]
+    weight, native = _weight(tuple(stored_and_shape)), library()
+    out = torch.empty((rows.shape[0], weight.in_features), dtype=dtype)
+    if not rows.numel():
+        return out
+    first, last = int(rows.min()), int(rows.max())
+    if first < 0 or last >= weight.out_features:
+        wrong = first if first < 0 else last
+        raise IndexError(f"row {wrong} of a weight with {weight.out_features} rows")
+    rows = rows.long().contiguous()
+    status = native.decode_rows(
+        weight.header(),
+        rows.data_ptr(),
+        rows.shape[0],
+        out.data_ptr(),
+        TYPES[dtype],
+        threads_for(STRIP * out.numel()),
+        native.isa,
+    )
+    check(status)
+    return out
 
 
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:

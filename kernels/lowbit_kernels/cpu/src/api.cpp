@@ -1,4 +1,12 @@
 // The C interface: picks the instruction set, shares the work among threads, owns the scratch space.
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <vector>
 
 #include "tasks.h"
@@ -6,7 +14,34 @@
 namespace lowbit {
 namespace {
 
-enum Isa : int32_t { kPortableIsa = 0, kAvx2Isa = 1, kAvx512Isa = 2, kAvx512Bf16Isa = 3 };
+enum Isa : int32_t {
+  kPortableIsa = 0,
+  kAvx2Isa = 1,
+  kAvx512Isa = 2,
+  kAvx512Bf16Isa = 3,
+  kAmxIsa = 4
+};
+
+#if defined(__x86_64__) || defined(__i386__)
+// Whether the processor has tiles for bytes and bfloat16, and Linux gives them to this process: it
+// asks for them, because a thread that has used them has more to save. Refused, as in some virtual
+// machines, they are not offered.
+bool has_amx() {
+#if defined(LOWBIT_EMULATE_AMX)
+  return true;
+#elif defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kBfloatTiles = 1u << 22, kTiles = 1u << 24, kByteTiles = 1u << 25;
+  constexpr unsigned kNeeded = kBfloatTiles | kTiles | kByteTiles;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+#endif
 
 int best_isa() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -15,7 +50,7 @@ int best_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     // Cooper Lake has no VBMI, and does without.
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
-      return kAvx512Bf16Isa;
+      return has_amx() ? kAmxIsa : kAvx512Bf16Isa;
     return kAvx512Isa;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Isa;
@@ -25,6 +60,7 @@ int best_isa() {
 
 const Kernels& kernels_for(int isa) {
 #if defined(__x86_64__) || defined(__i386__)
+  if (isa == kAmxIsa) return amx_kernels();
   if (isa == kAvx512Bf16Isa) return avx512bf16_kernels();
   if (isa == kAvx512Isa) return avx512_kernels();
   if (isa == kAvx2Isa) return avx2_kernels();
@@ -39,7 +75,7 @@ thread_local std::vector<Piece> pieces;  // only grows
 
 int up_to(int size, int left) { return left < size ? left : size; }
 
-// `lowbit_linear` by bfloat16 products; x and out are those of the first of up to kPairTokens tokens.
+// `lowbit_linear` by bfloat16 products; x and out begin at the first of up to kPairTokens tokens.
 int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x, int64_t x_stride,
                      int tokens, const float* bias, char* out, int out_type, int threads) {
   const int rows = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile, all_strips = strips(w);
@@ -51,7 +87,8 @@ int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x,
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
-    for (int m = 0; m < rows; m++) kernels.arrange(w, m < tokens ? x + m * x_stride : nullptr, m, rows, arranged);
+    for (int m = 0; m < rows; m++)
+      kernels.arrange(w, m < tokens ? x + m * x_stride : nullptr, m, rows, arranged);
     const size_t sums_at = part_bytes(sizeof(uint16_t) * kBlockStrips * kPanelStride);
     const size_t total = sums_at + part_bytes(sizeof(float) * rows * kBlockRows);
     char* own = own_scratch.get(total);
@@ -64,7 +101,8 @@ int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x,
       if (!own) continue;
       const int first = strip * kStrip, count = up_to(kBlockRows, w.rows - first);
       float* sums = reinterpret_cast<float*>(own + sums_at);
-      kernels.multiply_pairs(w, arranged, tokens, rows, strip, up_to(kBlockStrips, all_strips - strip),
+      kernels.multiply_pairs(w, arranged, tokens, rows, strip,
+                             up_to(kBlockStrips, all_strips - strip),
                              reinterpret_cast<uint16_t*>(own), sums);
       for (int m = 0; m < tokens; m++)
         kernels.narrow(sums + m * kBlockRows, bias ? bias + first : nullptr, count, out_type,
@@ -101,8 +139,8 @@ int32_t lowbit_abi() { return 2; }
 #endif
 const char* lowbit_mark() { return LOWBIT_MARK; }
 
-// 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 that with BF16 and VBMI. Each offers what those before
-// it offer.
+// 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 that with BF16 and VBMI, 4 that with AMX. Each offers
+// what those before it offer.
 int32_t lowbit_best_isa() { return best_isa(); }
 
 // out[M, N] = x[M, K] W^T + bias. Rows of x are `x_stride` elements apart, those of out N.
@@ -121,9 +159,10 @@ int32_t lowbit_linear(const Weight* weight, const void* x, int64_t x_stride, int
     if (!kernels.multiply_pairs || x_type != kBFloat16) return kNotOffered;
     for (int start = 0; start < tokens; start += kPairTokens) {
       const size_t skipped = static_cast<size_t>(start) * w.rows * type_bytes(out_type);
-      const int status = multiply_bfloats(
-          kernels, w, static_cast<const uint16_t*>(x) + start * x_stride, x_stride,
-          up_to(kPairTokens, tokens - start), bias, static_cast<char*>(out) + skipped, out_type, threads);
+      const int status =
+          multiply_bfloats(kernels, w, static_cast<const uint16_t*>(x) + start * x_stride, x_stride,
+                           up_to(kPairTokens, tokens - start), bias,
+                           static_cast<char*>(out) + skipped, out_type, threads);
       if (status != kDone) return status;
     }
     return kDone;
@@ -188,6 +227,35 @@ int32_t lowbit_decode(const Weight* weight, void* out, int32_t out_type,
     }
   }
   return failed ? 1 : 0;
+}
+
+// out[count, K] = the rows `rows` of W, each 0 ... N - 1, rounded once to `out_type`. Returns 0, or 1
+// where memory ran out.
+int32_t lowbit_decode_rows(const Weight* weight, const int64_t* rows, int32_t count, void* out,
+                           int32_t out_type, [[maybe_unused]] int32_t threads, int32_t isa) {
+  const Weight& w = *weight;
+  const Kernels& kernels = kernels_for(isa);
+  const size_t row_bytes = static_cast<size_t>(w.columns) * type_bytes(out_type);
+  const size_t panel_bytes = part_bytes(panel_floats(w) * sizeof(float));
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    // Whole strips are decoded: they are in one piece of memory, and that is where the time goes.
+    char* own = own_scratch.get(panel_bytes + kStrip * row_bytes);
+    if (!own) {
+#pragma omp atomic write
+      failed = true;
+    }
+#pragma omp for schedule(static)
+    for (int i = 0; i < count; i++) {
+      if (!own) continue;
+      const int strip = static_cast<int>(rows[i] / kStrip), row = static_cast<int>(rows[i] % kStrip);
+      kernels.decode(w, strip, row + 1, reinterpret_cast<float*>(own), own + panel_bytes, out_type);
+      std::memcpy(static_cast<char*>(out) + i * row_bytes, own + panel_bytes + row * row_bytes,
+                  row_bytes);
+    }
+  }
+  return failed ? kNoMemory : kDone;
 }
 
 }  // extern "C"
