@@ -115,10 +115,7 @@ class StripWeight:
 
     def codes_of(self, start: int, stop: int) -> Tensor:
         """Returns the unsigned codes of the rows `start` to `stop`, uint8 `[rows, K]`."""
-        return self.codes_at(torch.arange(start, stop))
-
-    def codes_at(self, rows: Tensor) -> Tensor:
-        """Returns the unsigned codes of `rows` (int64 `[n]`), uint8 `[n, K]`."""
+        rows = torch.arange(start, stop)
         strip, row = rows // STRIP, rows % STRIP
         bits = self.format.bits
         vectors = self.codes.view(self.strips, -1, STRIP, 4)[strip, :, row]
@@ -132,10 +129,6 @@ class StripWeight:
         """Returns `scale` or `zero` as the checkpoint has it, `[N, groups]`."""
         rows = tensor.transpose(1, 2).flatten(0, 1)[: self.out_features]
         return rows.clone(memory_format=torch.contiguous_format)
-
-    def group_values_at(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """Returns `scale` or `zero` of `rows` (int64 `[n]`), `[n, groups]`."""
-        return tensor[rows // STRIP, :, rows % STRIP]
 
     def strip_range(self, start: int, stop: int, out_features: int | None = None) -> StripWeight:
         """Returns a view of the strips `start` to `stop`.
