@@ -66,6 +66,8 @@ inline void quantize_segment(const float* x, int columns, int planes, const Unit
   for (int i = 0; i < columns; i++) {
     float scaled = x[i] * units.inverse;
     if (clamped) scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+    // The unit is NaN then; NaN as an integer is undefined, and a sum of what x86 makes of it overflows.
+    if (scaled != scaled) scaled = 0.0f;
     const float value = rounded(scaled);
     const float upper = planes == 2 ? rounded(value * (1.0f / kRadix)) : value;
     high[i] = static_cast<int32_t>(upper);
