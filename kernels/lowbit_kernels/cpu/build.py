@@ -39,8 +39,10 @@ AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
     *("-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
+AVX512_BF16 = (*AVX512, "-mavx512bf16", "-mavx512vbmi")
 X86_FLAGS = {
-    "avx512bf16.cpp": (*AVX512, "-mavx512bf16", "-mavx512vbmi"),
+    "amx.cpp": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512bf16.cpp": AVX512_BF16,
     "avx512.cpp": AVX512,
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
 }

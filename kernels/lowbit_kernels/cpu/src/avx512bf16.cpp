@@ -7,6 +7,8 @@ namespace LOWBIT_ISA {
 namespace {
 
 struct DotProducts {
+  struct Registers {};
+
   // Adds the products of kTokens tokens with kStrips decoded strips to sums [tokens][kBlockRows].
   template <int kTokens, int kStrips>
   static LOWBIT_LOOP void tile(const uint16_t* panel, const uint16_t* x, int pairs, float* sums) {
@@ -14,7 +16,8 @@ struct DotProducts {
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < kStrips; n++) v[m][n] = _mm512_loadu_ps(sums + m * kBlockRows + n * kStrip);
+      for (int n = 0; n < kStrips; n++)
+        v[m][n] = _mm512_loadu_ps(sums + m * kBlockRows + n * kStrip);
     for (int k = 0; k < pairs; k++) {
       __m512bh w[kStrips];
 #pragma GCC unroll 4
@@ -32,7 +35,8 @@ struct DotProducts {
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < kStrips; n++) _mm512_storeu_ps(sums + m * kBlockRows + n * kStrip, v[m][n]);
+      for (int n = 0; n < kStrips; n++)
+        _mm512_storeu_ps(sums + m * kBlockRows + n * kStrip, v[m][n]);
   }
 
   template <int kStrips>

@@ -29,8 +29,8 @@ template <int kKind> inline Cursor begin_strip(const Weight& w, int strip) {
           padded(group_columns(w, 0))};
 }
 
-// What decoding needs beside the codes of a group. Lanes hold two columns of a row each: lane 2 r of
-// [0] and lane 2 r + 1 belong to row r, those of [1] to row 8 + r.
+// What decoding needs beside the codes of a group. Two neighbouring lanes belong to one row: lanes
+// 2 r and 2 r + 1 of [0] to row r, those of [1] to row 8 + r.
 struct GroupScale {
   __m512 scale[2], zero[2];
 };
@@ -68,8 +68,8 @@ inline __m512 decoded(__m512i quad, __m512i bytes, __m512 levels, const GroupSca
   return _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(integer), s.zero[half]), s.scale[half]);
 }
 
-// The next `columns` columns of one group, [columns / 2][16][2]. The codes of the next block are asked
-// for meanwhile: there is time to read them while this one is multiplied.
+// The next `columns` columns of one group, [columns / 2][16][2]. The codes of the next block are
+// asked for meanwhile: there is time to read them while this one is multiplied.
 template <int kKind>
 LOWBIT_LOOP void decode_run(Cursor& at, int columns, const GroupScale& scales, const float* level,
                             uint16_t* out) {
@@ -162,12 +162,14 @@ template <class Multiply>
 void multiply_pairs(const Weight& w, const uint16_t* x, int tokens, int rows, int strip, int count,
                     uint16_t* panel, float* sums) {
   std::memset(sums, 0, sizeof(float) * rows * kBlockRows);
+  [[maybe_unused]] const typename Multiply::Registers registers;  // set up, and given back
+  const auto run = [&](auto multiply) { multiply(w, x, tokens, rows, strip, count, panel, sums); };
   switch (w.kind) {
-    case kInt2: return multiply_pairs_kind<Multiply, kInt2>(w, x, tokens, rows, strip, count, panel, sums);
-    case kInt3: return multiply_pairs_kind<Multiply, kInt3>(w, x, tokens, rows, strip, count, panel, sums);
-    case kInt4: return multiply_pairs_kind<Multiply, kInt4>(w, x, tokens, rows, strip, count, panel, sums);
-    case kInt8: return multiply_pairs_kind<Multiply, kInt8>(w, x, tokens, rows, strip, count, panel, sums);
-    default: return multiply_pairs_kind<Multiply, kCodebook>(w, x, tokens, rows, strip, count, panel, sums);
+    case kInt2: return run(multiply_pairs_kind<Multiply, kInt2>);
+    case kInt3: return run(multiply_pairs_kind<Multiply, kInt3>);
+    case kInt4: return run(multiply_pairs_kind<Multiply, kInt4>);
+    case kInt8: return run(multiply_pairs_kind<Multiply, kInt8>);
+    default: return run(multiply_pairs_kind<Multiply, kCodebook>);
   }
 }
 
