@@ -191,6 +191,31 @@ def test_int8_activations_are_coarser_and_only_on_request() -> None:
         prepared.with_activations("int4")
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_one_unit_per_token_or_for_all(isa: str, tokens: int) -> None:
+    qweight = random_qweight("W8A16_CHANNEL", (40, 520), 7)
+    weight, dense = StripPrepared.of(qweight).weight, qweight.dequantize(torch.float64)
+    x = normal(tokens, 520)
+    x[0] *= 100
+    x[-1, 5:] = 0
+    step = torch.tensor([0.013])
+    for activations, unit in (
+        ("int8_token", x.abs().amax(1, keepdim=True) / 127),
+        ("int8_static", step),
+    ):
+        codes = (x / unit).round().clamp(-127, 127)
+        exact = (codes * unit).double() @ dense.T
+        found = matmul.linear(x, weight, None, activations, step)
+        assert (found - exact).norm() <= 3e-4 * exact.norm()
+    x[0, 3], x[-1, 4] = torch.nan, torch.inf
+    found = matmul.linear(x, weight, None, "int8_static", step)
+    assert not found[0].isfinite().any()
+    assert tokens == 1 or found[1:].isfinite().all()
+    assert not matmul.linear(x, weight, None, "int8_token")[-1].isfinite().any()
+    with pytest.raises(ValueError, match="input_scale"):
+        matmul.linear(x, weight, None, "int8_static")
+
+
 def test_gradients_are_those_of_the_decoded_weight() -> None:
     qweight = random_qweight("NF4_DQ", (40, 64), 8)
     prepared, dense = StripPrepared.of(qweight), qweight.dequantize()
@@ -212,7 +237,7 @@ def test_operators_pass_torchs_own_checks(scheme: str) -> None:
     shape = matmul.shape(held)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     ops = torch.ops.lowbit_cpu
-    torch.library.opcheck(ops.linear, (x, *rest, bias, *shape, "float"), test_utils=checks)
+    torch.library.opcheck(ops.linear, (x, *rest, bias, None, *shape, "float"), test_utils=checks)
     torch.library.opcheck(ops.linear_grad_input, (normal(3, 33), *rest, *shape), test_utils=checks)
     torch.library.opcheck(ops.dequantize, (*rest, *shape, torch.bfloat16), test_utils=checks)
     rows = torch.tensor([1, 0])

@@ -13,8 +13,11 @@ import torch
 
 from lowbit_kernels.format import Format
 
-# `activations` of the operators.
-FLOAT, INT8 = "float", "int8"
+# `activations` of the operators: as they are; rounded to 8 bits with a unit per token and segment
+# of up to 256 columns, which is as fast as any and the most exact; with one unit per token, or one
+# for all, as W8A8 checkpoints mean it.
+FLOAT, INT8, INT8_TOKEN, INT8_STATIC = "float", "int8", "int8_token", "int8_static"
+ACTIVATIONS = (FLOAT, INT8, INT8_TOKEN, INT8_STATIC)
 
 # `planes` of lowbit_linear: float32 products, 8-bit and 16-bit integers, bf16 products.
 FLOATS, ONE_PLANE, TWO_PLANES, BFLOAT = 0, 1, 2, 3
@@ -34,7 +37,7 @@ def choose(
 ) -> int:
     """Returns `planes` of lowbit_linear, or `DECODE`."""
     kind = "codebook" if form.codebook is not None else f"int{form.bits}"
-    steps = _table()[isa][f"{_DTYPES[dtype]}" if activations == FLOAT else activations][kind]
+    steps = _table()[isa][_DTYPES[dtype] if activations == FLOAT else "int8"][kind]
     return next(_WAYS[way] for most, way in steps if most is None or tokens <= most)
 
 

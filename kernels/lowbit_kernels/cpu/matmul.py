@@ -27,7 +27,10 @@ from lowbit_kernels.format import Format
 _STORED = "Tensor codes, Tensor? high, Tensor scale, Tensor? zero"
 _SHAPE = "str format, int out_features, int in_features"
 _library = torch.library.Library("lowbit_cpu", "DEF")
-_library.define(f"linear(Tensor x, {_STORED}, Tensor? bias, {_SHAPE}, str activations) -> Tensor")
+_library.define(
+    f"linear(Tensor x, {_STORED}, Tensor? bias, Tensor? input_scale, {_SHAPE}, str activations) "
+    "-> Tensor"
+)
 _library.define(f"linear_grad_input(Tensor grad, {_STORED}, {_SHAPE}) -> Tensor")
 _library.define(f"dequantize({_STORED}, {_SHAPE}, ScalarType dtype) -> Tensor")
 _library.define(f"dequantize_rows(Tensor rows, {_STORED}, {_SHAPE}, ScalarType dtype) -> Tensor")
@@ -44,7 +47,11 @@ _buffers = threading.local()
 
 
 def linear(
-    x: Tensor, weight: StripWeight, bias: Tensor | None = None, activations: str = dispatch.FLOAT
+    x: Tensor,
+    weight: StripWeight,
+    bias: Tensor | None = None,
+    activations: str = dispatch.FLOAT,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """Returns `x W^T + bias`, `[..., N]` in x's dtype; differentiable in x and bias.
 
@@ -52,10 +59,12 @@ def linear(
         x: `[..., K]`, float32, bfloat16 or float16.
         weight: the weight `[N, K]`.
         bias: `[N]` or None.
-        activations: "float", or "int8" to round them to 8 bits per token and segment.
+        activations: what x is rounded to first: one of `dispatch.ACTIVATIONS`. Gradients are those
+            without rounding.
+        input_scale: float32 `[1]`, the unit of "int8_static".
     """
     result: Tensor = torch.ops.lowbit_cpu.linear(
-        x, *stored(weight), bias, *shape(weight), activations
+        x, *stored(weight), bias, input_scale, *shape(weight), activations
     )
     return result
 
@@ -107,21 +116,30 @@ def check(status: int) -> None:
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    codes, high, scale, zero, bias, form, N, K, activations = arguments
+    codes, high, scale, zero, bias, input_scale, form, N, K, activations = arguments
     weight = _weight((codes, high, scale, zero, form, N, K))
-    out = product(x.reshape(-1, K), weight, bias, activations)
+    out = product(x.reshape(-1, K), weight, bias, activations, input_scale)
     return out.view(*x.shape[:-1], N)
 
 
 def product(
-    x: Tensor, weight: StripWeight, bias: Tensor | None, activations: str = dispatch.FLOAT
+    x: Tensor,
+    weight: StripWeight,
+    bias: Tensor | None,
+    activations: str = dispatch.FLOAT,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """Returns `x W^T + bias`, `[M, N]` in x's dtype, the way that is fastest here."""
     native = library()
     mode = dispatch.choose(native.isa_name, x.dtype, x.shape[0], weight.format, activations)
     if mode == dispatch.DECODE:
         return decoded_linear(x, weight, bias)
-    return native_linear(x, weight, bias, mode)
+    step = {dispatch.INT8_TOKEN: -1.0}.get(activations, 0.0)
+    if activations == dispatch.INT8_STATIC:
+        if input_scale is None:
+            raise ValueError("int8_static activations need an input_scale")
+        step = float(input_scale)
+    return native_linear(x, weight, bias, mode, step)
 
 
 def native_linear(
@@ -243,7 +261,7 @@ def _dequantize_rows(rows: Tensor, *arguments: Any) -> Tensor:
 
 
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], arguments[6]))
+    return x.new_empty((*x.shape[:-1], arguments[7]))
 
 
 def _grad_fake(grad: Tensor, *arguments: Any) -> Tensor:
@@ -261,7 +279,7 @@ def _rows_fake(rows: Tensor, codes: Tensor, *arguments: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, bias, form, out_features, in_features, _activations = inputs
+    _, *tensors, bias, _scale, form, out_features, in_features, _activations = inputs
     ctx.save_for_backward(*tensors)
     ctx.shape = (form, out_features, in_features)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -273,7 +291,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = torch.ops.lowbit_cpu.linear_grad_input(grad, *ctx.saved_tensors, *ctx.shape)
     if ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, None, grad_bias, None, None, None, None)
+    return (grad_x, None, None, None, None, grad_bias, None, None, None, None, None)
 
 
 for _name, _kernel, _fake in (
