@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 from lowbit_kernels.cpu import build  # noqa: E402
 
 FLAGS = (
-    "-fsanitize=address,undefined",
+    "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",  # an error ends the process
     "-fno-omit-frame-pointer",
     "-O1",  # at -O3 the checks take minutes to compile
