@@ -22,7 +22,8 @@ from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
 _STORED = (
-    "Tensor packed, Tensor scale, Tensor? zero_point, Tensor? scale_offset, Tensor? scale_step"
+    "Tensor packed, Tensor scale, Tensor? zero_point, Tensor? scale_offset, Tensor? scale_step, "
+    "Tensor? input_scale"
 )
 _library = torch.library.Library("lowbit", "DEF")
 _library.define(f"linear(Tensor x, {_STORED}, Tensor? bias, str scheme, int in_features) -> Tensor")
@@ -102,6 +103,7 @@ def _stored(qweight: QuantizedWeight) -> tuple[Tensor | None, ...]:
         qweight.zero_point,
         qweight.scale_offset,
         qweight.scale_step,
+        qweight.input_scale,
     )
 
 
@@ -171,9 +173,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = torch.ops.lowbit.linear_grad_input(
             grad, *ctx.saved_tensors, ctx.scheme, ctx.in_features
         )
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[7]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, None, None, grad_bias, None, None)
+    return (grad_x, *[None] * 6, grad_bias, None, None)
 
 
 def _autocast_linear(device: str) -> Any:

@@ -4,14 +4,18 @@ A scheme is a frozen value with a canonical string. The grammar, parts after the
 
     W<bits>A16 [_ASYM] [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
     NF4 | FP4          [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
+    W8A8 [_STATIC]     [_CHANNEL] [_FP16 | _BF16 | _FP32]
 
 `W4A16` means groups of 128 input features, `NF4` and `FP4` groups of 64 (the QLoRA block), scales
-in fp16. `_DQ` stores the scales themselves in 8 bits (see `quant/double_quant.py`).
+in fp16. `_DQ` stores the scales themselves in 8 bits (see `quant/double_quant.py`). `W8A8` rounds
+activations to int8 as well, with a scale per token, `W8A8_STATIC` with one calibrated scale per
+layer (see `quant/activations.py`); its weights have one scale per output channel.
 
 Integer codes are signed, `-2^(bits-1) ... 2^(bits-1) - 1`. A symmetric scheme uses that whole
 range: the scale carries a sign, so that the larger extreme of a group always lands on the one
-extra code. A codebook's codes are table indices shifted by -8, so that packing treats all schemes
-alike.
+extra code. Beside int8 activations scales are positive, as engines for them expect: of 256 codes
+one is no loss. A codebook's codes are table indices shifted by -8, so that packing treats all
+schemes alike.
 """
 
 from __future__ import annotations
@@ -53,6 +57,10 @@ FP4_LEVELS = (
 
 CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
+# One scale per token, computed while multiplying; or one per layer, calibrated and stored.
+INT8, INT8_STATIC = "int8", "int8_static"
+ACTIVATIONS = (INT8, INT8_STATIC)
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -66,6 +74,8 @@ class Scheme:
         codebook: None for integers, "nf4" or "fp4" for a table of 16 values.
         scale_dtype: the dtype every scale is exactly representable in: "FP16", "BF16", "FP32".
         double_quant: store scales as 8-bit codes.
+        activations: None for float activations; "int8" for a scale per token, "int8_static" for
+            one calibrated scale: with 8-bit symmetric integers per output channel only.
 
     Raises:
         LowbitError: for a combination that does not exist.
@@ -77,6 +87,7 @@ class Scheme:
     codebook: str | None = None
     scale_dtype: str = "FP16"
     double_quant: bool = False
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int:
@@ -103,6 +114,29 @@ class Scheme:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise unknown_name("scale dtype", self.scale_dtype, SCALE_DTYPES)
+        if self.activations is not None:
+            self._require_activations_fit()
+
+    def _require_activations_fit(self) -> None:
+        """Raises unless integer sums over whole rows can be scaled afterwards."""
+        if self.activations not in ACTIVATIONS:
+            raise unknown_name("activations", str(self.activations), ACTIVATIONS)
+        wrong = [
+            what
+            for what, found in (
+                (f"codebook {self.codebook}", self.codebook is not None),
+                (f"{self.bits}-bit weights", self.bits != 8),
+                (f"group size {self.group_size}", self.group_size is not None),
+                ("zero points (ASYM)", not self.symmetric),
+                ("double quantization (DQ)", self.double_quant),
+            )
+            if found
+        ]
+        if wrong:
+            raise LowbitError(
+                f"scheme: int8 activations go with symmetric int8 weights per output channel, not "
+                f"with {wrong[0]}; use W8A8 or W8A8_STATIC, or a weight-only scheme (A16)"
+            )
 
     @staticmethod
     def parse(text: str | Scheme) -> Scheme:
@@ -118,10 +152,15 @@ class Scheme:
         return _parse(text)
 
     def __str__(self) -> str:
-        parts = [self.codebook.upper() if self.codebook else f"W{self.bits}A16"]
+        width = 16 if self.activations is None else 8
+        parts = [self.codebook.upper() if self.codebook else f"W{self.bits}A{width}"]
+        if self.activations == INT8_STATIC:
+            parts.append("STATIC")
         if not self.symmetric:
             parts.append("ASYM")
-        if self.group_size is None:
+        if self.activations is not None:
+            pass  # per channel, nothing else exists
+        elif self.group_size is None:
             parts.append("CHANNEL")
         elif self.group_size != _default_group_size(self.codebook):
             parts.append(f"G{self.group_size}")
@@ -149,7 +188,7 @@ class Scheme:
     @property
     def signed_scales(self) -> bool:
         """True where a scale may be negative: symmetric integers, whose range is lopsided."""
-        return self.codebook is None and self.symmetric
+        return self.codebook is None and self.symmetric and self.activations is None
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -170,7 +209,8 @@ class Scheme:
         """Returns name -> (shape, dtype) of every tensor stored for a weight `[out, in]`.
 
         Names and layout are compressed-tensors' `pack-quantized`; `weight_scale_offset` and
-        `weight_scale_step` are ours (double quantization).
+        `weight_scale_step` are ours (double quantization). `input_scale` is theirs as well: float32
+        whatever the scale dtype of the weight, the scale of all activations.
         """
         out_features, in_features = shape
         groups = self.groups(in_features)
@@ -187,6 +227,8 @@ class Scheme:
             specs["weight_scale"] = ((out_features, groups), torch.uint8)
             specs["weight_scale_offset"] = ((blocks,), torch.bfloat16)
             specs["weight_scale_step"] = ((blocks,), torch.bfloat16)
+        if self.activations == INT8_STATIC:
+            specs["input_scale"] = ((1,), torch.float32)
         return specs
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
@@ -206,27 +248,33 @@ def _default_group_size(codebook: str | None) -> int:
 
 _EXAMPLES = (
     "W8A16", "W8A16_CHANNEL", "W4A16", "W4A16_G64", "W4A16_ASYM_G64", "W4A16_G64_DQ",
-    "W3A16_G64", "W2A16_G64", "NF4", "NF4_DQ", "FP4",
+    "W3A16_G64", "W2A16_G64", "NF4", "NF4_DQ", "FP4", "W8A8", "W8A8_STATIC",
 )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Scheme:
     head, *rest = text.strip().upper().split("_")
-    weights_only = re.fullmatch(r"W(\d{1,3})A(\d{1,3})", head)
+    widths = re.fullmatch(r"W(\d{1,3})A(\d{1,3})", head)
     fields: dict[str, Any] = {}
     if head.lower() in CODEBOOKS:
         fields["codebook"] = head.lower()
-    elif weights_only and weights_only[2] == "16":
-        fields["bits"] = int(weights_only[1])
-    elif weights_only:
+    elif widths and widths[2] == "16":
+        fields["bits"] = int(widths[1])
+    elif head == "W8A8":
+        fields.update(bits=8, activations=INT8)
+    elif widths:
         raise LowbitError(
-            f"scheme {text!r}: activations of {weights_only[2]} bits are not supported; "
-            f"weight-only schemes end in A16, for example W{weights_only[1]}A16"
+            f"scheme {text!r}: {widths[1]}-bit weights with {widths[2]}-bit activations are not "
+            f"supported; weight-only schemes end in A16, for example W{widths[1]}A16, and the only "
+            "one with int8 activations is W8A8"
         )
     else:
         raise unknown_name("scheme", text, _EXAMPLES)
-    fields["group_size"] = _default_group_size(fields.get("codebook"))
+    if "activations" in fields:
+        fields["group_size"] = None
+    else:
+        fields["group_size"] = _default_group_size(fields.get("codebook"))
     seen: set[str] = set()
     kind: str
     value: int | str | bool | None
@@ -242,6 +290,8 @@ def _parse(text: str) -> Scheme:
             kind, value = "scale_dtype", part
         elif part == "DQ":
             kind, value = "double_quant", True
+        elif part == "STATIC" and "activations" in fields:
+            kind, value = "activations", INT8_STATIC
         else:
             raise unknown_name("scheme", text, _EXAMPLES)
         if kind in seen:

@@ -182,3 +182,29 @@ def output_error(weight: Array, quantized: Array, hessian: Array) -> float:
     """Returns tr(dW H dW^T) / N."""
     delta = weight - quantized
     return float(np.einsum("nk,kl,nl->", delta, hessian, delta)) / weight.shape[0]
+
+
+# Integer activations
+
+
+def int8_linear(x: Array, codes: Array, scales: Array, input_scale: float | None) -> Array:
+    """Returns the product of one token `[K]` and the int8 `codes` `[N, K]`, float64 `[N]`.
+
+    s = max |x| / 127, or the given scale; q = round(x / s), ties to even, within -127 ... 127;
+    y = (sum of q code) s scale. Python's integers add up exactly.
+
+    Args:
+        x: float64 `[K]`.
+        codes: integers `[N, K]`.
+        scales: float64 `[N]`.
+        input_scale: None for the scale of the token itself.
+    """
+    if np.isnan(x).any() or (input_scale is None and np.isinf(x).any()):
+        return np.full(len(codes), np.nan)
+    scale = float(np.abs(x).max()) / 127 if input_scale is None else input_scale
+    if scale == 0:
+        return np.zeros(len(codes))
+    bound = 127 * scale  # an infinity saturates
+    q = [max(-127, min(127, round(min(max(float(value), -bound), bound) / scale))) for value in x]
+    sums = [sum(a * int(b) for a, b in zip(q, row, strict=True)) for row in codes]
+    return np.array([total * scale * by for total, by in zip(sums, scales.tolist(), strict=True)])

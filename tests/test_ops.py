@@ -60,6 +60,7 @@ def arguments(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> tuple
         qweight.zero_point,
         qweight.scale_offset,
         qweight.scale_step,
+        qweight.input_scale,
         bias,
         str(qweight.scheme),
         qweight.in_features,

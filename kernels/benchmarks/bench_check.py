@@ -133,7 +133,7 @@ def random_qweight(scheme: str, shape: tuple[int, int]) -> QuantizedWeight:
 
 
 def _moved(qweight: QuantizedWeight, device: str) -> QuantizedWeight:
-    names = ("packed", "scale", "zero_point", "scale_offset", "scale_step")
+    names = ("packed", "scale", "zero_point", "scale_offset", "scale_step", "input_scale")
     held = {name: getattr(qweight, name) for name in names}
     return dataclasses.replace(
         qweight, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None}

@@ -134,6 +134,8 @@ def _absmax(weight: Tensor, scheme: Scheme) -> _Fit:
     high = weight.amax(-1, keepdim=True)
     if scheme.levels is not None:
         return _Fit(torch.maximum(high, -low) / max(scheme.levels), None)
+    if scheme.symmetric and not scheme.signed_scales:
+        return _Fit(torch.maximum(high, -low) / scheme.code_max, None)
     if scheme.symmetric:
         # The larger extreme lands on code -2^(bits-1), the one code without a counterpart.
         return _Fit(torch.where(high > -low, high, low) / scheme.code_min, None)

@@ -27,6 +27,8 @@ class TritonBackend:
         from lowbit_kernels.gpu import support
 
         scheme = request.scheme
+        if scheme.activations is not None:
+            return f"does not multiply activations as {scheme} rounds them"
         reason = support.refusal(
             request.device,
             request.dtype,

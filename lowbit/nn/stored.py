@@ -116,6 +116,7 @@ class StoredWeight(nn.Module):
             zero_point=getattr(self, "weight_zero_point", None),
             scale_offset=getattr(self, "weight_scale_offset", None),
             scale_step=getattr(self, "weight_scale_step", None),
+            input_scale=getattr(self, "input_scale", None),
         )
 
     @property

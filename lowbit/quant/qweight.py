@@ -12,7 +12,7 @@ from lowbit.errors import LowbitError
 from lowbit.quant.double_quant import DoubleQuantizedScales
 from lowbit.quant.grid import Grid
 from lowbit.quant.packing import pack, unpack
-from lowbit.scheme import Scheme
+from lowbit.scheme import INT8_STATIC, Scheme
 
 # Decoding makes several fp32 copies of what it decodes, so rows are decoded a block at a time;
 # they do not depend on each other, so the result is the same bit for bit. On a CPU a block of 1
@@ -35,6 +35,7 @@ class QuantizedWeight:
         zero_point: int32 `[ceil(out_features * bits / 32), groups]`, packed along out_features.
         scale_offset: bf16 `[blocks]`, see `quant/double_quant.py`.
         scale_step: bf16 `[blocks]`.
+        input_scale: float32 `[1]`, the scale of the activations; with `int8_static` only.
     """
 
     scheme: Scheme
@@ -44,6 +45,7 @@ class QuantizedWeight:
     zero_point: Tensor | None = None
     scale_offset: Tensor | None = None
     scale_step: Tensor | None = None
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,9 +53,25 @@ class QuantizedWeight:
         return self.packed.shape[0], self.in_features
 
     @staticmethod
-    def from_codes(codes: Tensor, grid: Grid) -> QuantizedWeight:
-        """Returns the packed form of int8 `codes` `[out_features, in_features]` on `grid`."""
+    def from_codes(codes: Tensor, grid: Grid, input_scale: Tensor | None = None) -> QuantizedWeight:
+        """Returns the packed form of int8 `codes` `[out_features, in_features]` on `grid`.
+
+        Args:
+            codes: int8 `[out_features, in_features]`.
+            grid: the values they stand for.
+            input_scale: float32 `[1]`, for a scheme with calibrated activations and for no other.
+
+        Raises:
+            LowbitError: if `input_scale` is missing or not wanted.
+        """
         scheme, dq = grid.scheme, grid.double_quantized
+        if (input_scale is not None) != (scheme.activations == INT8_STATIC):
+            raise LowbitError(
+                f"scheme {scheme} needs a calibrated input_scale; give calibration text, or use "
+                "W8A8, which computes one per token"
+                if input_scale is None
+                else f"scheme {scheme} stores no input_scale, but one was given"
+            )
         zero_point = None
         if grid.zeros is not None:
             zeros_GN = grid.zeros.to(torch.int8).T
@@ -66,6 +84,7 @@ class QuantizedWeight:
             zero_point=zero_point,
             scale_offset=dq.offset if dq else None,
             scale_step=dq.step if dq else None,
+            input_scale=input_scale,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,6 +96,7 @@ class QuantizedWeight:
             "weight_zero_point": self.zero_point,
             "weight_scale_offset": self.scale_offset,
             "weight_scale_step": self.scale_step,
+            "input_scale": self.input_scale,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -106,6 +126,7 @@ class QuantizedWeight:
             zero_point=tensors.get("weight_zero_point"),
             scale_offset=tensors.get("weight_scale_offset"),
             scale_step=tensors.get("weight_scale_step"),
+            input_scale=tensors.get("input_scale"),
         )
 
     def padding_is_zero(self) -> bool:
