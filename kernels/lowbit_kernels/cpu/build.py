@@ -40,13 +40,16 @@ AVX512 = (
     *("-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
 AVX512_BF16 = (*AVX512, "-mavx512bf16", "-mavx512vbmi")
+# From the oldest to the newest, as they are linked: of a function that several files define the
+# linker keeps the first, so that no processor meets code for a newer one.
 X86_FLAGS = {
-    "amx.cpp": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    "avx512bf16.cpp": AVX512_BF16,
-    "avx512.cpp": AVX512,
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512.cpp": AVX512,
+    "avx512bf16.cpp": AVX512_BF16,
+    "amx.cpp": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 OPENMP = "-fopenmp"
+_LINES_OF_ERRORS = 20  # the first ones are the cause
 
 
 class BuildError(RuntimeError):
@@ -203,7 +206,11 @@ def _run(*command: str) -> str:
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+        said = done.stderr.strip().splitlines()
+        kept = "\n".join(said[:_LINES_OF_ERRORS])
+        more = len(said) - _LINES_OF_ERRORS
+        left_out = f"\n({more} more lines)" if more > 0 else ""
+        raise BuildError(f"{shlex.join(command)} failed:\n{kept}{left_out}")
     return done.stdout
 
 
