@@ -1,4 +1,4 @@
-"""Products of bfloat16 activations and weights rounded to bfloat16, by VDPBF16PS and by AMX.
+"""Products of bfloat16 activations and weights rounded to bfloat16; and all products by AMX.
 
 Where there is no AMX, its code runs with the tile instructions in plain C++ (src/amx_emulated.h).
 """
@@ -17,7 +17,8 @@ from cpu_cases import KINDS, TYPES, linear, random_weight, relative
 from lowbit_kernels.cpu import build
 from torch import Tensor
 
-BFLOATS, AVX512_BF16, AMX = 3, 3, 4
+BFLOATS = 3  # of `planes`
+AVX512, AVX512_BF16, AMX = 2, 3, 4
 # Rows, columns, group: of one block and strip and of several, whole and with a rest; groups that
 # end within a block of 256 columns and that last longer than one.
 SIZES = [(70, 200, 64), (33, 328, 24), (128, 512, 128), (100, 700, 700), (20, 40, 128), (1, 1, 16)]
@@ -40,27 +41,34 @@ class Native:
 @pytest.fixture(scope="module")
 def emulating_library() -> Any:
     """The library with AMX in plain C++."""
+    # At -O3 it compiles for a minute.
+    flags = ("-DLOWBIT_EMULATE_AMX", "-DLOWBIT_POISON", "-O1")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LD_PRELOAD", raising=False)  # a sanitizer's, not meant for the compiler
-        flags = (
-            "-DLOWBIT_EMULATE_AMX",
-            "-DLOWBIT_POISON",
-            "-O1",
-        )  # at -O3 it compiles for a minute
-        return ctypes.CDLL(
-            str(build.build(Path(tempfile.gettempdir()) / "lowbit-test-kernels", flags))
-        )
+        path = build.build(Path(tempfile.gettempdir()) / "lowbit-test-kernels", flags)
+    return ctypes.CDLL(str(path))
+
+
+def native_of(name: str, request: pytest.FixtureRequest) -> Native:
+    library = request.getfixturevalue("library")
+    isa = AVX512_BF16 if name == "avx512bf16" else AMX
+    if name == "emulated amx" and library.lowbit_best_isa() >= AVX512_BF16:
+        library = request.getfixturevalue("emulating_library")
+    if library.lowbit_best_isa() < isa:
+        pytest.skip(f"this processor has no {name}")
+    return Native(library, isa)
 
 
 @pytest.fixture(params=["avx512bf16", "amx", "emulated amx"])
-def native(request: pytest.FixtureRequest, library: Any) -> Native:
+def native(request: pytest.FixtureRequest) -> Native:
     """Every way that this processor can multiply bfloat16."""
-    isa = AVX512_BF16 if request.param == "avx512bf16" else AMX
-    if request.param == "emulated amx" and library.lowbit_best_isa() >= AVX512_BF16:
-        library = request.getfixturevalue("emulating_library")
-    if library.lowbit_best_isa() < isa:
-        pytest.skip(f"this processor has no {request.param}")
-    return Native(library, isa)
+    return native_of(request.param, request)
+
+
+@pytest.fixture(params=["amx", "emulated amx"])
+def amx(request: pytest.FixtureRequest) -> Native:
+    """Tiles of this processor, and those in plain C++."""
+    return native_of(request.param, request)
 
 
 def random_bfloats(*shape: int, seed: int = 1) -> Tensor:
@@ -162,6 +170,34 @@ def test_zeros_and_tiny_values(native: Native) -> None:
     found = native.linear(weight, x)
     assert torch.equal(found[0], torch.zeros(16).bfloat16())
     assert (found[1].abs() < 1e-36).all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("kind", "bits", "asym"), KINDS)
+def test_integer_products_by_tiles_are_those_of_avx512(
+    amx: Native, library: Any, kind: str, bits: int, asym: bool, size: tuple[int, int, int]
+) -> None:
+    weight = random_weight(kind, bits, asym, size, seed=6)
+    bias = torch.randn(size[0], generator=torch.Generator().manual_seed(5))
+    for tokens in (*TOKENS, 64, 65):
+        x = torch.randn(tokens, size[1], generator=torch.Generator().manual_seed(tokens))
+        for planes in (1, 2):
+            found = linear(amx.library, weight, x, bias, planes, amx.isa)
+            assert torch.equal(found, linear(library, weight, x, bias, planes, AVX512)), tokens
+
+
+def test_integer_products_by_tiles_do_not_depend_on_threads_or_neighbours(amx: Native) -> None:
+    weight = random_weight("nf4", 4, False, (200, 520, 64), seed=5)
+    x = torch.randn(70, 520, generator=torch.Generator().manual_seed(1))
+    x[40, 3] = torch.nan
+    fine = torch.arange(70) != 40
+    for planes in (1, 2):
+        whole = linear(amx.library, weight, x, None, planes, amx.isa)
+        assert not whole[40].isfinite().any()
+        again = linear(amx.library, weight, x, None, planes, amx.isa, threads=3)
+        assert torch.equal(whole[fine], again[fine])
+        part = linear(amx.library, weight, x[20:33], None, planes, amx.isa)
+        assert torch.equal(part, whole[20:33])
 
 
 def test_without_bfloat16_the_product_is_refused(library: Any) -> None:

@@ -1,6 +1,6 @@
 // Adds products by tiles of AMX to what AVX-512 with BF16 offers.
 #define LOWBIT_ISA amx
-#include "amx.h"
+#include "amx_bytes.h"
 #include "bf16.h"
 
 namespace lowbit {
@@ -12,10 +12,16 @@ constexpr long kPairRow = kBlockColumns * sizeof(uint16_t);  // bytes from token
 constexpr long kSumRow = kBlockRows * sizeof(float);
 constexpr long kTileRow = 64;
 
-// Tiles 0 ... 3 are sums, the others tokens and weights. Rows of tokens are padded to whole tiles.
+// Tokens are padded to whole tiles.
 struct BfloatTiles {
+  // Tiles 0 ... 3 are sums, the others tokens and weights.
   struct Registers {
-    const Tiles tiles{TileConfig(16, kTileRow)};
+    TileRegisters tiles;
+    Registers() {
+      TileConfig config;
+      config.set(0, 8, 16, 64);
+      tiles.configure(config);
+    }
   };
 
   // Adds products of two tiles of tokens and two strips.
@@ -88,6 +94,8 @@ const Kernels& amx_kernels() {
   using namespace LOWBIT_ISA;
   static const Kernels kernels = [] {
     Kernels all = avx512bf16_kernels();
+    all.quantize = quantize_for_tiles;
+    all.multiply_block = multiply_tiles;
     all.multiply_pairs = multiply_pairs<BfloatTiles>;
     return all;
   }();

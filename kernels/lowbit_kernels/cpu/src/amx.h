@@ -31,32 +31,31 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // All tiles alike.
-  TileConfig(int tile_rows, int bytes) {
-    for (int tile = 0; tile < 8; tile++) set(tile, tile_rows, bytes);
-  }
-  void set(int tile, int tile_rows, int bytes) {
-    rows[tile] = static_cast<uint8_t>(tile_rows);
-    row_bytes[tile] = static_cast<uint16_t>(bytes);
+  // Tiles first ... last - 1.
+  void set(int first, int last, int tile_rows, int bytes) {
+    for (int tile = first; tile < last; tile++) {
+      rows[tile] = static_cast<uint8_t>(tile_rows);
+      row_bytes[tile] = static_cast<uint16_t>(bytes);
+    }
   }
 };
 
 // Compilers take the instructions to read and write registers only: memory is written before them.
 inline void settle_memory() { asm volatile("" ::: "memory"); }
 
-inline void configure(const TileConfig& config) {
-  settle_memory();
-  TILE_CONFIGURE(&config);
-}
-
-// Tiles of this thread while it lives. Threads belong to others too, and a thread with tiles in use
-// has 8 KiB more to save at every switch.
-class Tiles {
+// Tiles of this thread, while it lives. Threads belong to others too, and one with tiles in use has
+// 8 KiB more to save at every switch.
+class TileRegisters {
  public:
-  explicit Tiles(const TileConfig& config) { configure(config); }
-  ~Tiles() { TILE_RELEASE(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  TileRegisters() = default;
+  ~TileRegisters() { TILE_RELEASE(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+  void configure(const TileConfig& config) {
+    settle_memory();
+    TILE_CONFIGURE(&config);
+  }
 };
 
 }  // namespace lowbit
