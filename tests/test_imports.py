@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "scheme", "quant"},
     "backends": {"errors", "scheme", "quant"},
     "ops": {"errors", "scheme", "quant", "backends"},
-    "nn": {"errors", "scheme", "quant", "backends", "ops"},
+    "memory": set(),
+    "nn": {"errors", "memory", "scheme", "quant", "backends", "ops"},
     "models": {"errors", "scheme", "quant", "calibration", "checkpoint", "nn"},
     "hf": {"errors", "scheme", "quant", "algorithms", "calibration", "checkpoint", "models", "nn"},
 }

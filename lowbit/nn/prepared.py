@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from lowbit.backends import PreparedWeight
+from lowbit.memory import release_freed_memory
 from lowbit.nn.siblings import fuse_siblings
 from lowbit.nn.stored import StoredWeight
 
@@ -38,8 +39,13 @@ def prepare_model(model: nn.Module, activations: str | None = None) -> int:
         for module in stored:
             if module.multiplies:
                 module.round_activations(activations)
-    prepared = sum([module.prepare() for module in stored])
+    prepared = 0
+    for module in stored:
+        if module.prepare():
+            prepared += 1
+            release_freed_memory()
     fuse_siblings(model)
+    release_freed_memory()
     return prepared
 
 
