@@ -22,8 +22,6 @@ class CpuBackend:
             return f"runs on CPU tensors only, these are on {request.device.type}"
         if request.dtype not in _DTYPES:
             return f"activations are {request.dtype}; float32, bfloat16 or float16 are needed"
-        if request.scheme.activations is not None:
-            return f"does not multiply activations as {request.scheme} rounds them"
         reason = self.unavailable_reason()
         if reason is None and not request.prepared:
             return (

@@ -21,6 +21,11 @@ from lowbit.quant import QuantizedWeight, pack, unpack
 from lowbit.quant.packing import words_per_row
 from lowbit.scheme import Scheme
 
+# How kernels round activations, by what the scheme says of them.
+_ROUNDING: dict[str | None, str] = {
+    "int8": dispatch.INT8_TOKEN,
+    "int8_static": dispatch.INT8_STATIC,
+}
 _TENSORS = ("codes", "high", "scale", "zero", "scale_codes", "scale_offset", "scale_step")
 
 
@@ -30,15 +35,21 @@ class StripPrepared(PreparedWeight):
     Args:
         scheme: how the weight is stored in a checkpoint.
         weight: the tensors that the kernels read.
-        activations: "float" or "int8", see `matmul.linear`.
+        input_scale: float32 `[1]`, the scale of activations where the scheme has one for all.
+        activations: "float" or "int8", for a scheme that leaves them as they are.
     """
 
     backend = "cpu"
 
     def __init__(
-        self, scheme: Scheme, weight: StripWeight, activations: str = dispatch.FLOAT
+        self,
+        scheme: Scheme,
+        weight: StripWeight,
+        input_scale: Tensor | None = None,
+        activations: str = dispatch.FLOAT,
     ) -> None:
-        self.scheme, self.weight, self.activations = scheme, weight, activations
+        self.scheme, self.weight, self.input_scale = scheme, weight, input_scale
+        self.activations = activations
         self.shape = weight.out_features, weight.in_features
 
     @staticmethod
@@ -59,7 +70,7 @@ class StripPrepared(PreparedWeight):
             qweight.scale_offset,
             qweight.scale_step,
         )
-        return StripPrepared(scheme, weight)
+        return StripPrepared(scheme, weight, qweight.input_scale)
 
     @property
     def kernels(self) -> str:
@@ -69,23 +80,25 @@ class StripPrepared(PreparedWeight):
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by the names of the fields of `StripWeight`."""
         named = {name: getattr(self.weight, name) for name in _TENSORS}
+        named["input_scale"] = self.input_scale
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> StripPrepared:
         """Returns the same weight over `tensors`."""
         named = {name: tensors.get(name) for name in _TENSORS}
         weight = dataclasses.replace(self.weight, **named)  # type: ignore[arg-type]
-        return StripPrepared(self.scheme, weight, self.activations)
+        return self._with(weight, tensors.get("input_scale"))
 
     def with_activations(self, activations: str) -> StripPrepared:
         """Returns the same weight, multiplied by "float" or by "int8" activations."""
         if activations not in (dispatch.FLOAT, dispatch.INT8):
             raise unknown_name("activations", activations, (dispatch.FLOAT, dispatch.INT8))
-        return StripPrepared(self.scheme, self.weight, activations)
+        return StripPrepared(self.scheme, self.weight, self.input_scale, activations)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns `x w^T + bias`, `[..., N]` in x's dtype."""
-        return matmul.linear(x, self.weight, bias, self.activations)
+        activations = _ROUNDING.get(self.scheme.activations, self.activations)
+        return matmul.linear(x, self.weight, bias, activations, self.input_scale)
 
     def grad_input(self, grad: Tensor) -> Tensor:
         """Returns `grad w`, `[..., K]` in grad's dtype."""
@@ -122,13 +135,14 @@ class StripPrepared(PreparedWeight):
             zero_point=zero_point,
             scale_offset=held.scale_offset,
             scale_step=held.scale_step,
+            input_scale=self.input_scale,
         )
 
     def join(self, others: Sequence[PreparedWeight]) -> Joined | None:
         """Returns all rows as one weight; None for another format, width or activations."""
         parts = [part for part in (self, *others) if isinstance(part, StripPrepared)]
         held = [part.weight for part in parts]
-        kinds = {(part.weight.format, part.shape[1], part.activations) for part in parts}
+        kinds = {(part.weight.format, part.shape[1], part._rounding) for part in parts}
         if len(parts) <= len(others) or len(kinds) > 1:
             return None
         whole, start = concatenate(held), 0
@@ -138,12 +152,20 @@ class StripPrepared(PreparedWeight):
             views.append(part._over(whole.strip_range(start, stop)))
             starts.append(start * STRIP)
             start = stop
-        joined = StripPrepared(self.scheme, whole, self.activations)
-        return Joined(joined, tuple(views), tuple(starts))
+        return Joined(self._with(whole, self.input_scale), tuple(views), tuple(starts))
 
     def _over(self, view: StripWeight) -> StripPrepared:
         """Returns the weight over the memory of `view`; what only a checkpoint needs is kept."""
         weight = dataclasses.replace(
             self.weight, codes=view.codes, high=view.high, scale=view.scale, zero=view.zero
         )
-        return StripPrepared(self.scheme, weight, self.activations)
+        return self._with(weight, self.input_scale)
+
+    def _with(self, weight: StripWeight, input_scale: Tensor | None) -> StripPrepared:
+        return StripPrepared(self.scheme, weight, input_scale, self.activations)
+
+    @property
+    def _rounding(self) -> tuple[str | None, str, float | None]:
+        """What happens to activations: the same for all parts of a joined weight."""
+        scale = None if self.input_scale is None else float(self.input_scale)
+        return self.scheme.activations, self.activations, scale

@@ -18,10 +18,11 @@ from schemes import NAMES, every_scheme
 from torch import Tensor, nn
 
 from lowbit import backends, prepare_model
+from lowbit.backends.dequantize import DequantizeBackend
 from lowbit.backends.strips import StripPrepared
 from lowbit.errors import LowbitError
 from lowbit.nn import QuantEmbedding, QuantLinear, TiedQuantLinear
-from lowbit.quant import QuantizedWeight
+from lowbit.quant import Grid, QuantizedWeight
 from lowbit.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native kernels")
@@ -214,6 +215,31 @@ def test_one_unit_per_token_or_for_all(isa: str, tokens: int) -> None:
     assert not matmul.linear(x, weight, None, "int8_token")[-1].isfinite().any()
     with pytest.raises(ValueError, match="input_scale"):
         matmul.linear(x, weight, None, "int8_static")
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A8_STATIC"])
+@every_dtype
+def test_w8a8_is_what_the_reference_computes(name: str, dtype: torch.dtype) -> None:
+    scheme = Scheme.parse(name)
+    grid = Grid.storable(scheme, 168, torch.rand(40, 1) * 0.02 + 0.001, None)
+    codes = torch.randint(-127, 128, (40, 168), dtype=torch.int8)
+    scale = torch.tensor([0.021]) if "STATIC" in name else None
+    qweight = QuantizedWeight.from_codes(codes, grid, scale)
+    prepared = backends.prepare(qweight, dtype)
+    assert prepared is not None
+    for key, tensor in qweight.tensors().items():
+        assert torch.equal(prepared.canonical().tensors()[key], tensor)
+    x, bias = normal(9, 168, dtype=dtype), normal(40, dtype=dtype)
+    expected = DequantizeBackend().linear(x, qweight, bias)
+    found = prepared.linear(x, bias)
+    limit = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    assert (found - expected).float().norm() <= limit * expected.float().norm()
+    # As far from float activations as the scheme says.
+    plain = F.linear(x.float(), qweight.dequantize(), bias.float())
+    assert (found - plain).norm() > 3e-3 * plain.norm()
+    joined = prepared.join([backends.prepare(qweight, dtype)])
+    assert joined is not None
+    assert torch.equal(joined.weight.linear(x, None)[:, :40], prepared.linear(x, None))
 
 
 def test_gradients_are_those_of_the_decoded_weight() -> None:
