@@ -30,6 +30,15 @@
 #else
 #define LOWBIT_LOOP
 #endif
+// FLAT: with all that they call, before GCC decides what lives in registers. (Plain C++ has no such
+// registers, and becomes four times as long.)
+#if defined(__GNUC__) && defined(__AVX2__)
+#define LOWBIT_FLAT __attribute__((flatten))
+#define LOWBIT_INLINE inline __attribute__((always_inline))
+#else
+#define LOWBIT_FLAT
+#define LOWBIT_INLINE inline
+#endif
 
 namespace lowbit {
 namespace LOWBIT_ISA {

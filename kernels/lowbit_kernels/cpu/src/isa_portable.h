@@ -10,7 +10,8 @@ struct Isa {
   struct Bytes { uint8_t v[64]; };
   struct Ints { int32_t v[16]; };
   struct Floats { float v[16]; };
-  static constexpr int kStripsAtOnce = 1, kTokensAtOnce = 4, kBlockSums = 4;
+  static constexpr bool kInRegisters = false;
+  static constexpr int kSums = 1, kBlockSums = 4, kTokensAtOnce = 4;
 
   static Bytes load(const uint8_t* p) {
     Bytes r;

@@ -1,136 +1,113 @@
 // Products of integer activations with packed codes, in the vectors of the current instruction set.
 //
-// A weight is read once for up to four tokens. Codes become unsigned bytes (for a codebook: the high
-// and low byte of its 16-bit values, each plus 128), are multiplied with the signed bytes of the
-// activations four at a time, and summed as 32-bit integers within a segment, exactly:
+// Codes become unsigned bytes in registers (for a codebook: the high and low byte of its 16-bit
+// values, each plus 128), are multiplied with the signed bytes of the activations four at a time,
+// and summed as 32-bit integers within a segment, exactly:
 //
 //     sum_k code_k x_k = 254 sum(code high_x) + sum(code low_x)
 //     sum_k (code_k - zero) x_k = the above - zero * sum_k x_k
 //
 // Only then are they scaled, in float32. With two planes of activations the result is that of 16-bit
-// activations; reading the weight takes longer than both multiplications.
+// activations; at one token, reading the weight takes longer than both multiplications.
 #pragma once
-#include "isa.h"
+#include "codes.h"
 #include "kernels.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 
-// Bytes of one strip for `kColumns` columns; `visit(quad, bytes, low bytes)` for each quad.
-template <int kKind> struct Codes;
+// A weight is asked for this many bytes in advance: all strips that are read side by side together.
+constexpr size_t kAhead = 8192;
+constexpr int kGroupsAhead = 8;  // scales and zero points, in groups
 
-template <> struct Codes<kInt8> {
-  static constexpr int kColumns = 4, kBytes = 64, kHigh = 0;
-  template <class F>
-  static void visit(const uint8_t* p, const uint8_t*, const Isa::Bytes&, const Isa::Bytes&, F f) {
-    const Isa::Bytes v = Isa::load(p);
-    f(0, v, v);
-  }
-};
-template <> struct Codes<kInt4> {
-  static constexpr int kColumns = 8, kBytes = 64, kHigh = 0;
-  template <class F>
-  static void visit(const uint8_t* p, const uint8_t*, const Isa::Bytes&, const Isa::Bytes&, F f) {
-    const Isa::Bytes v = Isa::load(p);
-    const Isa::Bytes even = Isa::field<0>(v, 15), odd = Isa::field<4>(v, 15);
-    f(0, even, even);
-    f(1, odd, odd);
-  }
-};
-template <> struct Codes<kCodebook> {
-  static constexpr int kColumns = 8, kBytes = 64, kHigh = 0;
-  template <class F>
-  static void visit(const uint8_t* p, const uint8_t*, const Isa::Bytes& high, const Isa::Bytes& low,
-                    F f) {
-    const Isa::Bytes v = Isa::load(p);
-    const Isa::Bytes even = Isa::field<0>(v, 15), odd = Isa::field<4>(v, 15);
-    f(0, Isa::lookup(high, even), Isa::lookup(low, even));
-    f(1, Isa::lookup(high, odd), Isa::lookup(low, odd));
-  }
-};
-template <> struct Codes<kInt2> {
-  static constexpr int kColumns = 16, kBytes = 64, kHigh = 0;
-  template <class F>
-  static void visit(const uint8_t* p, const uint8_t*, const Isa::Bytes&, const Isa::Bytes&, F f) {
-    const Isa::Bytes v = Isa::load(p);
-    const Isa::Bytes a = Isa::field<0>(v, 3), b = Isa::field<2>(v, 3);
-    const Isa::Bytes c = Isa::field<4>(v, 3), d = Isa::field<6>(v, 3);
-    f(0, a, a);
-    f(1, b, b);
-    f(2, c, c);
-    f(3, d, d);
-  }
-};
-template <> struct Codes<kInt3> {
-  static constexpr int kColumns = 32, kBytes = 128, kHigh = 64;
-  template <int kQuad, class F>
-  static void quad(const Isa::Bytes& low, const Isa::Bytes& high, F f) {
-    const Isa::Bytes v =
-        Isa::either(Isa::field<2 * (kQuad % 4)>(low, 3), Isa::field<kQuad - 2>(high, 4));
-    f(kQuad, v, v);
-  }
-  template <class F>
-  static void visit(const uint8_t* p, const uint8_t* h, const Isa::Bytes&, const Isa::Bytes&, F f) {
-    const Isa::Bytes first = Isa::load(p), second = Isa::load(p + 64), high = Isa::load(h);
-    quad<0>(first, high, f);
-    quad<1>(first, high, f);
-    quad<2>(first, high, f);
-    quad<3>(first, high, f);
-    quad<4>(second, high, f);
-    quad<5>(second, high, f);
-    quad<6>(second, high, f);
-    quad<7>(second, high, f);
-  }
-};
-
-constexpr int kAhead = 1024;  // bytes that a strip's codes are asked for in advance
-
-// Sums of one segment; [0]: with the high bytes of x, [1]: with its low bytes (codebook: high times
-// low plus low times high; the product of both low bytes is under the rounding of x).
-template <int kKind, int kPlanes, int kTokens, int kStrips>
-struct Sums {
+// Integer sums of one segment; [0]: with the high bytes of x, [1]: with its low bytes (codebook: high
+// times low plus low times high; the product of both low bytes is under the rounding of x).
+template <int kPlanes, int kTokens, int kStrips> struct Sums {
   Isa::Ints v[kStrips][kTokens][kPlanes];
 };
 
+// Neighbouring strips at one column, and how many bytes further their codes are asked for.
+struct StripCursor {
+  const uint8_t* codes;
+  const uint8_t* high;
+  size_t stride, high_stride;  // bytes from strip to strip
+  size_t ahead;
+};
+
+template <int kKind> inline StripCursor cursor_at(const Weight& w, int strip) {
+  const size_t bytes = strip_bytes(w);
+  if (!Codes<kKind>::kHigh) return {w.codes + strip * bytes, nullptr, bytes, 0, 0};
+  const size_t high_bytes = static_cast<size_t>(padded_columns(w)) * 2;
+  return {w.codes + strip * bytes, w.high + strip * high_bytes, bytes, high_bytes, 0};
+}
+
+template <int kKind> inline void advance(StripCursor& cursor, int columns) {
+  cursor.codes += static_cast<size_t>(columns) / Codes<kKind>::kColumns * Codes<kKind>::kBytes;
+  cursor.high += static_cast<size_t>(columns) / Codes<kKind>::kColumns * Codes<kKind>::kHigh;
+}
+
+// Adds the products of a quad of every strip with that of every token.
 template <int kKind, int kPlanes, int kTokens, int kStrips>
-LOWBIT_LOOP void segment_sums(const uint8_t* const* codes, const uint8_t* const* high, int columns,
-                         const int8_t* x, size_t x_stride, const Isa::Bytes& table_high,
-                         const Isa::Bytes& table_low, Sums<kKind, kPlanes, kTokens, kStrips>& sums) {
-  using Layout = Codes<kKind>;
+LOWBIT_INLINE void add_quad(const Isa::Bytes (&w)[kStrips], const Isa::Bytes (&w_low)[kStrips],
+                            const int8_t* x, size_t x_stride,
+                            Sums<kPlanes, kTokens, kStrips>& sums) {
   constexpr bool kNarrow = kKind != kInt8 && kKind != kCodebook;
-  Isa::Ints v[kStrips][kTokens][kPlanes];
-  for (int n = 0; n < kStrips; n++)
-    for (int m = 0; m < kTokens; m++)
-      for (int p = 0; p < kPlanes; p++) v[n][m][p] = Isa::zero();
-  const int steps = columns / Layout::kColumns;
-  for (int i = 0; i < steps; i++) {
-    const int8_t* xi = x + static_cast<size_t>(i) * Layout::kColumns * kPlanes;
-    for (int n = 0; n < kStrips; n++) {
-      const uint8_t* p = codes[n] + static_cast<size_t>(i) * Layout::kBytes;
-      const uint8_t* h = Layout::kHigh ? high[n] + static_cast<size_t>(i) * Layout::kHigh : nullptr;
-      Isa::prefetch(p + kAhead);
-      Layout::visit(p, h, table_high, table_low,
-                    [&](int quad, const Isa::Bytes& w, const Isa::Bytes& w_low) {
-                      for (int m = 0; m < kTokens; m++) {
-                        const int8_t* at = xi + m * x_stride + quad * 4 * kPlanes;
-                        const Isa::Four x_high = Isa::four(at);
-                        Isa::Ints* sum = v[n][m];
-                        sum[0] = Isa::template dot<kNarrow>(sum[0], w, x_high);
-                        if (kPlanes == 2) {
-                          const Isa::Four x_low = Isa::four(at + 4);
-                          sum[kPlanes - 1] =
-                              Isa::template dot<kNarrow>(sum[kPlanes - 1], w, x_low);
-                          if (kKind == kCodebook)
-                            sum[kPlanes - 1] =
-                                Isa::template dot<kNarrow>(sum[kPlanes - 1], w_low, x_high);
-                        }
-                      }
-                    });
+  repeat<kTokens>([&](auto m) {
+    const Isa::Four high = Isa::four(x + m * x_stride);
+    repeat<kStrips>([&](auto n) {
+      Isa::Ints& sum = sums.v[n][m][0];
+      sum = Isa::template dot<kNarrow>(sum, w[n], high);
+    });
+    if constexpr (kPlanes == 2) {
+      const Isa::Four low = Isa::four(x + m * x_stride + 4);
+      repeat<kStrips>([&](auto n) {
+        Isa::Ints& sum = sums.v[n][m][1];
+        sum = Isa::template dot<kNarrow>(sum, w[n], low);
+        if constexpr (kKind == kCodebook) sum = Isa::template dot<kNarrow>(sum, w_low[n], high);
+      });
     }
-  }
-  for (int n = 0; n < kStrips; n++)
-    for (int m = 0; m < kTokens; m++)
-      for (int p = 0; p < kPlanes; p++) sums.v[n][m][p] = v[n][m][p];
+  });
+}
+
+// Sums of one segment; rows of x are `columns` * kPlanes bytes.
+template <int kKind, int kPlanes, int kTokens, int kStrips>
+LOWBIT_INLINE void segment_sums(const StripCursor& cursor, int columns, const int8_t* x,
+                                const Tables& tables, Sums<kPlanes, kTokens, kStrips>& sums) {
+  using Layout = Codes<kKind>;
+  const size_t x_stride = static_cast<size_t>(columns) * kPlanes;
+  const size_t high_ahead = cursor.ahead / Layout::kBytes * Layout::kHigh;
+  const uint8_t* codes = cursor.codes;
+  const uint8_t* high = cursor.high;
+  repeat<kStrips>([&](auto n) {
+    repeat<kTokens>([&](auto m) {
+      repeat<kPlanes>([&](auto p) { sums.v[n][m][p] = Isa::zero(); });
+    });
+  });
+  const uint8_t* end = codes + columns / Layout::kColumns * Layout::kBytes;
+  do {  // a segment has columns: GCC copies sums that might be those before the loop
+    Layout strip[kStrips];
+    repeat<kStrips>([&](auto n) {
+      const uint8_t* p = codes + n * cursor.stride;
+      const uint8_t* h = high + n * cursor.high_stride;
+      for (int i = 0; i < Layout::kBytes; i += 64) Isa::prefetch(p + cursor.ahead + i);
+      if constexpr (Layout::kHigh > 0) Isa::prefetch(h + high_ahead);
+      strip[n].read(p, h);
+    });
+    with_constants<Layout::kColumns / 4>([&](auto quad) {
+      Isa::Bytes w[kStrips], w_low[kStrips];
+      repeat<kStrips>([&](auto n) {
+        w[n] = strip[n].template quad<quad>();
+        if constexpr (kKind == kCodebook) {
+          w_low[n] = Isa::lookup(tables.low, w[n]);
+          w[n] = Isa::lookup(tables.high, w[n]);
+        }
+      });
+      add_quad<kKind, kPlanes, kTokens, kStrips>(w, w_low, x + quad * 4 * kPlanes, x_stride, sums);
+    });
+    x += Layout::kColumns * kPlanes;
+    codes += Layout::kBytes;
+    high += Layout::kHigh;
+  } while (codes != end);
 }
 
 // What one token's sums of one segment are multiplied with, and with which the zero points are.
@@ -151,80 +128,111 @@ inline SegmentUnit segment_unit(const Weight& w, const Activations& a, size_t at
   return {unit, bias};
 }
 
+// Scales and zero points of neighbouring strips in one group.
+template <int kStrips> struct StripScales {
+  Isa::Floats scale[kStrips], zero[kStrips];
+};
+
+template <int kKind, int kStrips>
+LOWBIT_INLINE void load_scales(const Weight& w, int strip, int group, StripScales<kStrips>& out) {
+  const size_t stride = static_cast<size_t>(w.groups) * kStrip;
+  const size_t at = strip * stride + static_cast<size_t>(group) * kStrip;
+  const size_t past = group + kGroupsAhead < w.groups ? 0 : (kStrips - 1) * stride;
+  const size_t next = at + past + kGroupsAhead * kStrip;
+  const size_t bytes = w.scale_type == kFloat32 ? 4 : 2;
+  for (int n = 0; n < kStrips; n++)
+    Isa::prefetch(static_cast<const char*>(w.scale) + (next + n * stride) * bytes);
+  load_typed_strips<kStrips>(w.scale, at, stride, w.scale_type, out.scale);
+  if (kKind != kCodebook && w.zero) {
+    for (int n = 0; n < kStrips; n++) Isa::prefetch(w.zero + next + n * stride);
+    repeat<kStrips>([&](auto n) { out.zero[n] = Isa::load_bytes(w.zero + at + n * stride); });
+  } else {
+    const float middle = kKind == kCodebook ? 128.0f : static_cast<float>(1 << (w.kind - 1));
+    repeat<kStrips>([&](auto n) { out.zero[n] = Isa::set(middle); });
+  }
+}
+
+// The same for one strip.
+template <int kKind>
+inline void load_scale(const Weight& w, int strip, int group, Isa::Floats& scale,
+                       Isa::Floats& zero) {
+  StripScales<1> scales;
+  load_scales<kKind>(w, strip, group, scales);
+  scale = scales.scale[0];
+  zero = scales.zero[0];
+}
+
+// before + scale * unit * (sum - zero * bias)
 template <int kPlanes>
-inline Isa::Floats scaled_sum(const Isa::Ints* sums, const SegmentUnit& part,
-                              const Isa::Floats& scale, const Isa::Floats& zero,
-                              const Isa::Floats& before) {
+LOWBIT_INLINE Isa::Floats scaled_sum(const Isa::Ints (&sums)[kPlanes], const SegmentUnit& part,
+                                     const Isa::Floats& scale, const Isa::Floats& zero,
+                                     const Isa::Floats& before) {
   Isa::Floats sum = Isa::to_float(sums[0]);
-  if (kPlanes == 2)
-    sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums[kPlanes - 1]));
+  if constexpr (kPlanes == 2) sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums[1]));
   sum = Isa::fma(zero, Isa::set(-part.bias), sum);
   return Isa::fma(Isa::mul(scale, Isa::set(part.unit)), sum, before);
 }
 
-template <int kKind>
-inline void load_scale(const Weight& w, int strip, int group, Isa::Floats& scale,
-                       Isa::Floats& zero) {
-  const size_t at = (static_cast<size_t>(strip) * w.groups + group) * kStrip;
-  scale = load_typed(w.scale, at, w.scale_type);
-  const float middle = kKind == kCodebook ? 128.0f : static_cast<float>(1 << (w.kind - 1));
-  zero = kKind != kCodebook && w.zero ? Isa::load_bytes(w.zero + at) : Isa::set(middle);
-}
-
-template <int kKind, int kPlanes, int kTokens, int kStrips>
-void multiply_strips(const Weight& w, const Activations& a, int strip, float* out,
-                     size_t out_stride) {
-  using Layout = Codes<kKind>;
-  const size_t bytes = strip_bytes(w), high_bytes = static_cast<size_t>(padded_columns(w)) * 2;
-  const uint8_t* codes[kStrips];
-  const uint8_t* high[kStrips] = {};
-  for (int n = 0; n < kStrips; n++) {
-    codes[n] = w.codes + (strip + n) * bytes;
-    if (Layout::kHigh) high[n] = w.high + (strip + n) * high_bytes;
-  }
-  Isa::Bytes table_high = {}, table_low = {};
-  if (kKind == kCodebook) {
-    table_high = Isa::load_table(w.table);
-    table_low = Isa::load_table(w.table + 16);
-  }
-  Isa::Floats result[kStrips][kTokens];
-  for (int n = 0; n < kStrips; n++)
-    for (int m = 0; m < kTokens; m++) result[n][m] = Isa::set(0.0f);
-  const int8_t* x = a.bytes;
-  int index = 0;  // of the segment
+// Calls segment(cursor, index of the segment, columns, scales) for all segments of some strips.
+template <int kKind, int kStrips, class F>
+LOWBIT_INLINE void for_segments(const Weight& w, int strip, F segment) {
+  StripCursor cursor = cursor_at<kKind>(w, strip);
+  constexpr size_t kStripAhead = kAhead / kStrips;
+  const uint8_t* last = cursor.codes + cursor.stride - kStripAhead;
+  int index = 0;
   for (int g = 0; g < w.groups; g++) {
-    Isa::Floats scale[kStrips], zero[kStrips];
-    for (int n = 0; n < kStrips; n++) load_scale<kKind>(w, strip + n, g, scale[n], zero[n]);
+    StripScales<kStrips> scales;
+    load_scales<kKind, kStrips>(w, strip, g, scales);
     const int group = padded(group_columns(w, g));
     for (int start = 0; start < group; start += kSegment, index++) {
       const int length = group - start < kSegment ? group - start : kSegment;
-      Sums<kKind, kPlanes, kTokens, kStrips> sums;
-      segment_sums<kKind, kPlanes, kTokens, kStrips>(codes, high, length, x,
-                                                     length * kPlanes, table_high,
-                                                     table_low, sums);
-      for (int n = 0; n < kStrips; n++) {
-        codes[n] += static_cast<size_t>(length) / Layout::kColumns * Layout::kBytes;
-        if (Layout::kHigh) high[n] += static_cast<size_t>(length) / Layout::kColumns * Layout::kHigh;
-      }
-      x += static_cast<size_t>(length) * kPlanes * kTokens;
-      for (int m = 0; m < kTokens; m++) {
-        const size_t at = static_cast<size_t>(index) * kTokens + m;
-        const SegmentUnit part = segment_unit<kKind, kPlanes>(w, a, at);
-        for (int n = 0; n < kStrips; n++)
-          result[n][m] = scaled_sum<kPlanes>(sums.v[n][m], part, scale[n], zero[n], result[n][m]);
-      }
+      // Near the end of a strip, the strip to ask for is not the next one but the one after these.
+      cursor.ahead = kStripAhead + (cursor.codes < last ? 0 : (kStrips - 1) * cursor.stride);
+      segment(cursor, index, length, scales);
+      advance<kKind>(cursor, length);
     }
   }
-  for (int n = 0; n < kStrips; n++)
-    for (int m = 0; m < kTokens; m++)
-      Isa::store(out + m * out_stride + static_cast<size_t>(n) * kStrip, result[n][m]);
+}
+
+template <int kKind, int kPlanes, int kTokens, int kStrips>
+LOWBIT_LOOP LOWBIT_FLAT void multiply_strips(const Weight& w, const Activations& a, int strip,
+                                             float* out, size_t out_stride) {
+  const Tables tables = load_tables<kKind>(w);
+  const int8_t* x = a.bytes;
+  Isa::Floats result[kStrips][kTokens];
+  repeat<kStrips>([&](auto n) {
+    repeat<kTokens>([&](auto m) { result[n][m] = Isa::set(0.0f); });
+  });
+  for_segments<kKind, kStrips>(w, strip, [&](const StripCursor& cursor, int index, int columns,
+                                             const StripScales<kStrips>& scales) {
+    Sums<kPlanes, kTokens, kStrips> sums;
+    segment_sums<kKind, kPlanes, kTokens, kStrips>(cursor, columns, x, tables, sums);
+    x += static_cast<size_t>(columns) * kPlanes * kTokens;
+    repeat<kTokens>([&](auto m) {
+      const size_t at = static_cast<size_t>(index) * kTokens + m;
+      const SegmentUnit part = segment_unit<kKind, kPlanes>(w, a, at);
+      repeat<kStrips>([&](auto n) {
+        result[n][m] =
+            scaled_sum<kPlanes>(sums.v[n][m], part, scales.scale[n], scales.zero[n], result[n][m]);
+      });
+    });
+  });
+  repeat<kStrips>([&](auto n) {
+    repeat<kTokens>([&](auto m) { Isa::store(out + m * out_stride + n * kStrip, result[n][m]); });
+  });
+}
+
+// How many strips are multiplied at once: as many as registers hold the sums of, but of the largest
+// codes two, for memory is read faster in fewer places.
+template <int kKind, int kPlanes, int kTokens> constexpr int strips_at_once() {
+  constexpr int kFit = Isa::kSums / (kTokens * kPlanes);
+  return kFit >= 4 && kKind != kInt8 ? 4 : kFit >= 2 ? 2 : 1;
 }
 
 template <int kKind, int kPlanes, int kTokens>
 void multiply_range(const Weight& w, const Activations& a, int first, int last, float* out,
                     size_t out_stride) {
-  // Registers hold the sums of this many strips.
-  constexpr int kStrips = Isa::kStripsAtOnce / kTokens > 1 ? Isa::kStripsAtOnce / kTokens : 1;
+  constexpr int kStrips = strips_at_once<kKind, kPlanes, kTokens>();
   int strip = first;
   for (; strip + kStrips <= last; strip += kStrips)
     multiply_strips<kKind, kPlanes, kTokens, kStrips>(w, a, strip, out + strip * kStrip, out_stride);
