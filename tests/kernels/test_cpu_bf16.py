@@ -6,6 +6,7 @@ Where there is no AMX, its code runs with the tile instructions in plain C++ (sr
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,3 +221,27 @@ def test_without_bfloat16_the_product_is_refused(library: Any) -> None:
     for isa in range(best + 1):
         assert status(torch.ones(2, 64), isa) == not_offered
         assert status(torch.ones(2, 64).half(), isa) == not_offered
+
+
+@pytest.mark.skipif("amx.cpp" not in build.files(), reason="not an x86 processor")
+def test_an_older_compiler_leaves_out_what_it_does_not_know(tmp_path: Path) -> None:
+    found = build.find_compiler()
+    assert found is not None
+    older = tmp_path / "older"
+    older.write_text(f'#!/bin/sh\ncase "$*" in *amx*) exit 1;; esac\nexec {" ".join(found)} "$@"\n')
+    older.chmod(0o755)
+    oldest = tmp_path / "oldest"
+    oldest.write_text(older.read_text().replace("*amx*", "*amx*|*avx512bf16*"))
+    oldest.chmod(0o755)
+    assert build.left_out(found) == ()
+    assert build.left_out((str(older),)) == ("amx.cpp",)
+    assert build.left_out((str(oldest),)) == ("amx.cpp", "avx512bf16.cpp")
+    # What is left then needs no function of those files.
+    for names in ((), ("amx.cpp",), ("amx.cpp", "avx512bf16.cpp")):
+        compiled = tmp_path / "api.o"
+        flags = (*build.FLAGS, *(build.OPTIONAL[name] for name in names), "-Wall", "-Werror")
+        command = (*found, *flags, "-c", str(build.SOURCES / "api.cpp"), "-o", str(compiled))
+        subprocess.run((*command, "-Wno-unknown-pragmas"), check=True)
+        for name in build.OPTIONAL:
+            symbol = f"{name.removesuffix('.cpp')}_kernels".encode()
+            assert (symbol in compiled.read_bytes()) == (name not in names)

@@ -48,6 +48,9 @@ X86_FLAGS = {
     "avx512bf16.cpp": AVX512_BF16,
     "amx.cpp": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
+# What compilers older than their processors leave out (GCC before 10 or 11), and what says so to
+# api.cpp. Without the first there is neither.
+OPTIONAL = {"avx512bf16.cpp": "-DLOWBIT_NO_BF16", "amx.cpp": "-DLOWBIT_NO_AMX"}
 OPENMP = "-fopenmp"
 _LINES_OF_ERRORS = 20  # the first ones are the cause
 
@@ -75,6 +78,22 @@ def files() -> dict[str, tuple[str, ...]]:
     common: dict[str, tuple[str, ...]] = {"api.cpp": (), "portable.cpp": ()}
     on_x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
     return {**common, **X86_FLAGS} if on_x86 else common
+
+
+@functools.cache
+def left_out(compiler: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files whose instruction set `compiler` does not know, of those that may lack."""
+    missing = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("")
+        for name in OPTIONAL.keys() & files().keys():
+            command = (*compiler, *files()[name], "-fsyntax-only", str(source))
+            try:
+                _run(*command)
+            except BuildError:
+                missing.append(name)
+    return tuple(sorted(missing))
 
 
 def build(directory: Path, extra: tuple[str, ...] = ()) -> Path:
@@ -121,11 +140,14 @@ def main() -> int:
     """Compiles the library of this package in place; returns the exit status."""
     try:
         library = install()
-        threads = "" if has_openmp(_compiler()) else " (one thread: the compiler has no OpenMP)"
+        compiler = _compiler()
+        notes = "" if has_openmp(compiler) else " (one thread: the compiler has no OpenMP)"
+        if missing := left_out(compiler):
+            notes += f" (without {', '.join(missing)}: the compiler is too old for it)"
     except (BuildError, OSError) as error:
         print(f"The native CPU kernels were not compiled: {error}", file=sys.stderr)
         return 2
-    print(f"{library}{threads}")
+    print(f"{library}{notes}")
     return 0
 
 
@@ -133,14 +155,18 @@ def _compile(
     compiler: tuple[str, ...], extra: tuple[str, ...], fingerprint: str, library: Path
 ) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
-    openmp = _openmp(compiler)
+    openmp, missing = _openmp(compiler), left_out(compiler)
+    used = {name: flags for name, flags in files().items() if name not in missing}
+    used["api.cpp"] = (
+        *(OPTIONAL[name] for name in missing),
+        f'-DLOWBIT_MARK="{_mark(fingerprint)}"',
+    )
     # In the same folder, and so on the same file system: renaming is atomic.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".lowbit-") as folder:
-        objects = {name: Path(folder) / f"{name}.o" for name in files()}
+        objects = {name: Path(folder) / f"{name}.o" for name in used}
 
         def compile_file(name: str) -> None:
-            mark = (f'-DLOWBIT_MARK="{_mark(fingerprint)}"',) if name == "api.cpp" else ()
-            flags = (*FLAGS, *openmp, *extra, *files()[name], *mark)
+            flags = (*FLAGS, *openmp, *extra, *used[name])
             _run(*compiler, *flags, "-c", str(SOURCES / name), "-o", str(objects[name]))
 
         with ThreadPoolExecutor(_processors()) as pool:
@@ -182,7 +208,8 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 
 def _fingerprint(compiler: tuple[str, ...], extra: tuple[str, ...]) -> str:
-    parts = (compiler, _version(compiler), _openmp(compiler), FLAGS, extra, files())
+    found = (_version(compiler), _openmp(compiler), left_out(compiler))
+    parts = (compiler, *found, FLAGS, extra, files())
     digest = hashlib.sha256(repr(parts).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())

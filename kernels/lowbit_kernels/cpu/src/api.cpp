@@ -22,12 +22,14 @@ enum Isa : int32_t {
   kAmxIsa = 4
 };
 
-#if defined(__x86_64__) || defined(__i386__)
+#if (defined(__x86_64__) || defined(__i386__)) && !defined(LOWBIT_NO_BF16)
 // Whether the processor has tiles for bytes and bfloat16, and Linux gives them to this process: it
 // asks for them, because a thread that has used them has more to save. Refused, as in some virtual
 // machines, they are not offered.
 bool has_amx() {
-#if defined(LOWBIT_EMULATE_AMX)
+#if defined(LOWBIT_NO_AMX)
+  return false;
+#elif defined(LOWBIT_EMULATE_AMX)
   return true;
 #elif defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kBfloatTiles = 1u << 22, kTiles = 1u << 24, kByteTiles = 1u << 25;
@@ -48,9 +50,11 @@ int best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#ifndef LOWBIT_NO_BF16  // by build.py, where the compiler knows no such instructions
     // Cooper Lake has no VBMI, and does without.
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
       return has_amx() ? kAmxIsa : kAvx512Bf16Isa;
+#endif
     return kAvx512Isa;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Isa;
@@ -60,8 +64,12 @@ int best_isa() {
 
 const Kernels& kernels_for(int isa) {
 #if defined(__x86_64__) || defined(__i386__)
+#ifndef LOWBIT_NO_AMX
   if (isa == kAmxIsa) return amx_kernels();
+#endif
+#ifndef LOWBIT_NO_BF16
   if (isa == kAvx512Bf16Isa) return avx512bf16_kernels();
+#endif
   if (isa == kAvx512Isa) return avx512_kernels();
   if (isa == kAvx2Isa) return avx2_kernels();
 #endif
