@@ -23,11 +23,14 @@ class Statistics:
         hessian: float32 `[in_features, in_features]`, the mean of x x^T over tokens.
         tokens: input vectors that were counted.
         dropped: input vectors left out because a value was not finite.
+        input_scale: float32 `[1]`, for rounding all inputs to int8, where a scheme stores it.
+            Algorithms choose weights and leave it alone.
     """
 
     hessian: Tensor
     tokens: int
     dropped: int = 0
+    input_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)

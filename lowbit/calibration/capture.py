@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.algorithms.base import Statistics
+from lowbit.calibration.ranges import InputRange
 from lowbit.calibration.statistics import HessianAccumulator
 from lowbit.errors import LowbitError
 
@@ -57,7 +58,12 @@ def input_groups(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> li
 
 
 def collect_statistics(
-    run: Callable[[int], Any], batches: int, module: nn.Module, in_features: int, name: str
+    run: Callable[[int], Any],
+    batches: int,
+    module: nn.Module,
+    in_features: int,
+    name: str,
+    with_range: bool = False,
 ) -> Statistics:
     """Returns the statistics of everything that reaches `module`.
 
@@ -67,14 +73,18 @@ def collect_statistics(
         module: a linear layer; each pass is stopped once its input has been seen.
         in_features: width of its input.
         name: its full name, for the error if its inputs are not finite.
+        with_range: also choose an `input_scale`.
     """
     accumulator: HessianAccumulator | None = None
+    inputs = InputRange() if with_range else None
 
     def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal accumulator
         if accumulator is None:
             accumulator = HessianAccumulator(in_features, args[0].device)
         accumulator.add(args[0])
+        if inputs is not None:
+            inputs.add(args[0])
         raise StopForwardError
 
     handle = module.register_forward_pre_hook(observe)
@@ -90,6 +100,8 @@ def collect_statistics(
     if accumulator is None:
         raise AssertionError(f"{name} was not called")
     try:
-        return accumulator.statistics()
+        statistics = accumulator.statistics()
     except LowbitError as error:
         raise LowbitError(f"{name}: {error}") from error
+    statistics.input_scale = None if inputs is None else inputs.scale()
+    return statistics

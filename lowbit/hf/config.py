@@ -12,7 +12,7 @@ from lowbit.algorithms import Algorithm, make_algorithm
 from lowbit.checkpoint.reader import IN_PROGRESS
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.models.selection import Selection
-from lowbit.scheme import Scheme
+from lowbit.scheme import INT8_STATIC, Scheme
 
 QUANT_METHOD = "lowbit"
 FORMAT_VERSION = 1
@@ -90,12 +90,24 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             quantize_embeddings=self.quantize_embeddings,
         )
 
+    @property
+    def needs_activation_scales(self) -> bool:
+        """True if any scheme stores a scale of activations, which only calibration finds."""
+        selection = self.selection()
+        schemes = [selection.scheme, *(scheme for _, scheme in selection.dynamic)]
+        return any(scheme.activations == INT8_STATIC for scheme in schemes if scheme is not None)
+
     def data_free_algorithm(self) -> Algorithm:
         """Returns the algorithm for quantizing while loading.
 
         Raises:
-            LowbitError: if it needs calibration data, which loading does not have.
+            LowbitError: if it or a scheme needs calibration data, which loading does not have.
         """
+        if self.needs_activation_scales:
+            raise LowbitError(
+                "W8A8_STATIC needs calibration data and cannot be had while loading; run `lowbit "
+                "quantize` and load its output, or use W8A8, which computes a scale per token"
+            )
         algorithm = make_algorithm(self.algorithm, **self.algorithm_options)
         if algorithm.needs_statistics:
             raise LowbitError(

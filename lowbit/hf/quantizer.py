@@ -36,7 +36,7 @@ from lowbit.nn.stored import StoredWeight
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
-_FLOAT_TENSORS = ("weight_scale", "weight_scale_offset", "weight_scale_step")
+_FLOAT_TENSORS = ("weight_scale", "weight_scale_offset", "weight_scale_step", "input_scale")
 
 
 class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -211,6 +211,7 @@ def _require_sound_scales(model: PreTrainedModel) -> None:
                 continue
             # Steps are zero where all scales of a block are equal.
             zero = suffix == "weight_scale" and bool((values == 0).any())
+            zero |= suffix == "input_scale" and bool((values <= 0).any())
             if zero or not bool(values.isfinite().all()):
                 raise LowbitError(
                     f"{model.name_or_path}: tensor '{name}.{suffix}' holds NaN, Inf or a zero "

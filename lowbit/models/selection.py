@@ -77,6 +77,7 @@ def select_modules(
         if scheme is not None and name in experts:
             raise _experts_error(model, name, experts)
         if scheme is not None:
+            _require_products(model, name, scheme)
             chosen[name] = scheme
     if not chosen:
         raise LowbitError("nothing is left to quantize: every linear layer is excluded")
@@ -101,6 +102,15 @@ def _candidates(model: PreTrainedModel, layers_name: str, selection: Selection) 
         for name, module in model.named_modules()
         if name in asked or (name.startswith(f"{layers_name}.") and _is_linear(module))
     ]
+
+
+def _require_products(model: PreTrainedModel, name: str, scheme: Scheme) -> None:
+    """Refuses rounded activations for an embedding, which is looked up and not multiplied."""
+    if scheme.activations is not None and isinstance(model.get_submodule(name), nn.Embedding):
+        raise LowbitError(
+            f"{name}: {scheme} rounds activations, and an embedding has none; with `dynamic`, give "
+            "it a weight-only scheme, for example W8A16_CHANNEL"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

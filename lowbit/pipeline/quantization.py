@@ -47,7 +47,8 @@ def quantize(
         scheme: for every linear layer of the decoder blocks, for example "W4A16_G64".
         algorithm: "gptq", "rtn", or an instance with options, for example `GPTQ(act_order=False)`.
         calibration: text file, JSONL, data set name, or a .safetensors / .npy file of token ids.
-            Required by "gptq"; "rtn" then weighs its scale search by it.
+            Required by "gptq" and by schemes with static activations; "rtn" then weighs its
+            scale search by it.
         samples: calibration windows.
         seqlen: tokens per window.
         seed: chooses the windows.
@@ -79,6 +80,11 @@ def quantize(
         raise LowbitError(
             f"algorithm {chosen.name} needs calibration data; give a text, JSONL or token file, or "
             "use rtn, which needs none"
+        )
+    if config.needs_activation_scales and calibration is None:
+        raise LowbitError(
+            f"scheme {scheme}: a stored scale of activations needs calibration data; give a text, "
+            "JSONL or token file, or use W8A8, which computes a scale per token"
         )
     dtype = _compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)

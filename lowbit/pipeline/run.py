@@ -23,13 +23,14 @@ from lowbit.calibration.capture import collect_statistics, input_groups
 from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.reader import read_header, read_quantized
 from lowbit.checkpoint.writer import ShardWriter
+from lowbit.errors import LowbitError
+from lowbit.memory import release_freed_memory
 from lowbit.models.streaming import Activations, StreamedDecoder
 from lowbit.nn.replace import weight_is_transposed, weight_shape
-from lowbit.pipeline.memory import release_freed_memory
 from lowbit.pipeline.output import shard_name
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight
-from lowbit.scheme import Scheme
+from lowbit.scheme import INT8_STATIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,9 @@ class QuantizationRun:
         for group in groups:
             module = linears[group[0]]
             self._describe(piece, "measuring")
+            static = any(piece.modules[name].activations == INT8_STATIC for name in group)
             statistics = collect_statistics(
-                run, len(self.batches), module, weight_shape(module)[1], group[0]
+                run, len(self.batches), module, weight_shape(module)[1], group[0], static
             )
             yield group, statistics
         called = {name for group in groups for name in group}
@@ -189,13 +191,18 @@ class QuantizationRun:
         # As stored: the loaded copy may have been rounded to the dtype of computation.
         weight = self.decoder.original(f"{name}.weight").to(self.decoder.device)
         weight = weight.T if weight_is_transposed(module) else weight
-        algorithm, report = self.algorithm, {}
+        algorithm = self.algorithm
+        report: dict[str, float | str] = {}
         if algorithm.needs_statistics and statistics is None:
             algorithm = self._data_free
             if not isinstance(module, nn.Embedding):
                 report["fallback"] = "rtn: calibration never reached this layer"
         result = algorithm.quantize(weight, scheme, statistics)
-        qweight = QuantizedWeight.from_codes(result.codes, result.grid)
+        input_scale = None
+        if scheme.activations == INT8_STATIC:
+            input_scale = _input_scale(name, statistics)
+            report["input_scale"] = float(input_scale)
+        qweight = QuantizedWeight.from_codes(result.codes, result.grid, input_scale)
         for suffix, tensor in qweight.tensors().items():
             writer.add(f"{name}.{suffix}", tensor)
         if self.batches:
@@ -282,6 +289,20 @@ def _within(selected: dict[str, Scheme], names: set[str]) -> dict[str, Scheme]:
 
 def _all_keys(scheme: Scheme) -> list[str]:
     return list(scheme.tensor_specs((1, 1)))
+
+
+def _input_scale(name: str, statistics: Statistics | None) -> Tensor:
+    """Returns the calibrated scale of the inputs of module `name`.
+
+    Raises:
+        LowbitError: if calibration never reached it; a guess would go unnoticed.
+    """
+    if statistics is None or statistics.input_scale is None:
+        raise LowbitError(
+            f"{name}: calibration never reached this layer, so its activations have no scale; "
+            "give more calibration text, or, with `dynamic`, a scheme without one, such as W8A8"
+        )
+    return statistics.input_scale.cpu()
 
 
 def _weight(module: nn.Module) -> nn.Parameter:
