@@ -54,6 +54,8 @@ class Settings:
         until: as of `time.time()`; no case is begun later.
         crashed: (candidate, tokens, threads, reason) that ended a process before.
         done: keys of cases that are measured already.
+        rounds: of the decoder, each a prompt and some steps.
+        tiny: a decoder that is only good for testing.
     """
 
     tokens: tuple[int, ...] = TOKENS
@@ -66,6 +68,8 @@ class Settings:
     until: float = float("inf")
     crashed: tuple[tuple[str, int, int, str], ...] = ()
     done: tuple[str, ...] = ()
+    rounds: int = 3
+    tiny: bool = False
 
     def to_json(self) -> str:
         """Returns the settings as one argument of a command line."""
