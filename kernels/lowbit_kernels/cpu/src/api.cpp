@@ -85,7 +85,8 @@ int up_to(int size, int left) { return left < size ? left : size; }
 
 // `lowbit_linear` by bfloat16 products; x and out begin at the first of up to kPairTokens tokens.
 int multiply_bfloats(const Kernels& kernels, const Weight& w, const uint16_t* x, int64_t x_stride,
-                     int tokens, const float* bias, char* out, int out_type, int threads) {
+                     int tokens, const float* bias, char* out, int out_type,
+                     [[maybe_unused]] int threads) {
   const int rows = (tokens + kTokenTile - 1) / kTokenTile * kTokenTile, all_strips = strips(w);
   const size_t blocks = (padded_columns(w) + kBlockColumns - 1) / kBlockColumns;
   char* scratch = shared_scratch.get(part_bytes(blocks * rows * kBlockColumns * sizeof(uint16_t)));
