@@ -32,7 +32,7 @@ from torch import Tensor, nn
 REPORT, WEIGHTS = "report.json", "weights.safetensors"
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """The peer cannot do this job; the sentence says why."""
 
 
@@ -86,6 +86,8 @@ class Outcome:
         dense_bits: of codes at their nominal width, scales and zero points.
         options: everything that was not left at the peer's default.
         seconds: of quantizing alone; loading and reading back are left out where that is possible.
+        changed: other tensors that the peer changed and the quantized weights belong to, by name:
+            norms that took a scale over. They are not counted, their size is what it was.
     """
 
     weights: dict[str, Tensor]
@@ -93,6 +95,7 @@ class Outcome:
     dense_bits: float
     options: dict[str, Any]
     seconds: float
+    changed: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -214,9 +217,13 @@ def write_job(file: Path, job: Job) -> None:
 def report(job: Job, outcome: Outcome, packages: Sequence[str]) -> None:
     """Writes weights and report of a finished job."""
     job.output.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().float().contiguous() for name, w in outcome.weights.items()}
-    save_file(weights, job.output / WEIGHTS)
-    count = sum(weight.numel() for weight in weights.values())
+    tensors = {**outcome.changed, **outcome.weights}
+    # Clones: tools return views of one storage, which safetensors refuses.
+    save_file(
+        {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()},
+        job.output / WEIGHTS,
+    )
+    count = sum(weight.numel() for weight in outcome.weights.values())
     content = {
         "weights": count,
         "stored_bits_per_weight": 8 * outcome.stored_bytes / count,

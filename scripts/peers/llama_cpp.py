@@ -1,7 +1,7 @@
 """llama.cpp's k-quants and i-quants, through `ggml_quantize_chunk` of its own source.
 
-Only the quantization of ggml is built (`build_ggml`), not the program. The importance matrix is what
-`llama-imatrix` gathers: for every input channel of a layer, the mean of the squared activation over
+Only the quantization of ggml is built (`build_ggml`), not the program. The importance matrix is
+that of `llama-imatrix`: for every input channel of a layer, the mean of the squared activation over
 the calibration tokens, of the 16-bit model computed in float32. Every layer gets the same type, a
 "pure" quantization, so that a size means one format; llama.cpp's mixtures (`Q4_K_M`) give some
 layers more bits.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from scripts.peers.driver import (
     Job,
     Outcome,
-    Refusal,
+    RefusedError,
     Stopwatch,
     parse_job,
     quantized_linears,
@@ -56,11 +56,11 @@ def build_ggml() -> None:
     """Compiles ggml's quantization from the source that llama-cpp-python ships.
 
     Raises:
-        Refusal: no compiler, or the source does not compile.
+        RefusedError: no compiler, or the source does not compile.
     """
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        raise Refusal("no C++ compiler to build llama.cpp's ggml with; install g++")
+        raise RefusedError("no C++ compiler to build llama.cpp's ggml with; install g++")
     folder = Path(sys.prefix) / "src"
     fetched = folder / "fetched"
     # Reused from an interrupted build; the index is slow and the archive large.
@@ -76,7 +76,7 @@ def build_ggml() -> None:
         f'#define GGML_VERSION "{archive.name}"\n#define GGML_COMMIT ""\n'
     )
     arguments = ["-O3", "-mavx2", "-mfma", "-mf16c"] if os.uname().machine == "x86_64" else ["-O3"]
-    arguments += ["-fPIC", "-D_GNU_SOURCE", "-I", str(source / "include")]
+    arguments += ["-fPIC", "-D_GNU_SOURCE", f"-I{source}/include", f"-I{source}/src"]
     objects = []
     for name in SOURCES:
         language = "c" if name.endswith(".c") else "c++"
@@ -84,7 +84,7 @@ def build_ggml() -> None:
         command = [compiler, "-x", language, *arguments, "-c", str(source / "src" / name)]
         done = subprocess.run([*command, "-o", objects[-1]], capture_output=True, text=True)
         if done.returncode:
-            raise Refusal(f"{name} of ggml does not compile: {done.stderr.strip()[-400:]}")
+            raise RefusedError(f"{name} of ggml does not compile: {done.stderr.strip()[-400:]}")
     library = str(library_path())
     subprocess.run([compiler, "-shared", *objects, "-o", library, "-lm", "-lpthread"], check=True)
 
@@ -139,7 +139,7 @@ class Ggml:
         """Returns the dequantized float32 weight and the bytes of its blocks."""
         rows, columns = weight.shape
         if columns % BLOCK:
-            raise Refusal(f"rows of {columns} weights are no multiple of a super-block of {BLOCK}")
+            raise RefusedError(f"rows of {columns} weights are no multiple of {BLOCK}")
         source = np.ascontiguousarray(weight.numpy())
         blocks = np.empty(source.nbytes, dtype=np.uint8)
         matrix = None if channels is None else np.ascontiguousarray(channels.numpy())
@@ -178,7 +178,7 @@ def main() -> None:
         if not library_path().exists():
             build_ggml()
         outcome = run(job)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         refuse(job, str(refusal), [])
     report(job, outcome, [])
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts.peers.driver import (
     Job,
     Outcome,
-    Refusal,
+    RefusedError,
     Stopwatch,
     parse_job,
     quantized_linears,
@@ -38,7 +38,7 @@ def hqq(weight: Tensor, job: Job) -> Result:
 
     axis = 0 if job.method == "hqq_axis0" else 1
     if job.symmetric:
-        raise Refusal("HQQ has asymmetric grids only")
+        raise RefusedError("HQQ has asymmetric grids only")
     packed, meta = Quantizer.quantize(
         weight,
         nbits=job.bits,
@@ -61,7 +61,7 @@ def bitsandbytes_nf4(weight: Tensor, job: Job) -> Result:
     from bitsandbytes import functional
 
     if (job.bits, job.group_size) != (4, 64):
-        raise Refusal("NF4 has 4 bits and blocks of 64")
+        raise RefusedError("NF4 has 4 bits and blocks of 64")
     packed, state = functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
@@ -106,7 +106,7 @@ def quanto(weight: Tensor, job: Job) -> Result:
     from optimum.quanto import freeze, qint2, qint4, quantize
 
     if job.bits not in (2, 4):
-        raise Refusal("optimum-quanto has no 3-bit weights")
+        raise RefusedError("optimum-quanto has no 3-bit weights")
     model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     model[0].weight = nn.Parameter(weight.half().float(), requires_grad=False)
     quantize(model, weights={2: qint2, 4: qint4}[job.bits])
@@ -149,7 +149,7 @@ def main() -> None:
             outcome.weights[name] = dequantized
             outcome.stored_bytes += tensor_bytes(stored)
             outcome.dense_bits += dense
-    except Refusal as refusal:
+    except RefusedError as refusal:
         refuse(job, str(refusal), [package])
     outcome.seconds = watch.seconds
     report(job, outcome, [package])
