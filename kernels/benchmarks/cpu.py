@@ -27,7 +27,9 @@ for _path in (Path(__file__).parent, ROOT / "eval", ROOT / "kernels", ROOT):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
 
-from cpu_cases import (  # noqa: E402 - after the paths
+from cpu_crossover import LIMITS  # noqa: E402
+from cpu_timing import cache_bytes  # noqa: E402
+from cpu_units import (  # noqa: E402 - after the paths
     QUICK,
     SCHEMES,
     SHAPES,
@@ -37,14 +39,13 @@ from cpu_cases import (  # noqa: E402 - after the paths
     Unit,
     key_of,
 )
-from cpu_crossover import LIMITS  # noqa: E402
-from cpu_timing import cache_bytes  # noqa: E402
 from cpu_workers import Supervisor  # noqa: E402
 from lowbit_kernels.cpu import library  # noqa: E402
 
+from lowbit.checkpoint.writer import write_json  # noqa: E402
 from lowbit.errors import LowbitError  # noqa: E402
 from lowbit.progress import RunProgress  # noqa: E402
-from scripts.provenance import provenance, write_json  # noqa: E402
+from scripts.provenance import provenance  # noqa: E402
 
 PARTS = ("linear", "avx2", "decoder")
 COMMAND = "make bench-cpu"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_cases import BF16, FP32, READ
 from cpu_timing import Call
+from cpu_units import BF16, FP32, READ
 from lowbit_kernels.cpu.memory import empty
 from torch import Tensor
 

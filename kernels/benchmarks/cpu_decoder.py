@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_cases import BF16, Settings
 from cpu_gguf import write
 from cpu_linear import Journal, reason
 from cpu_llama import Library
 from cpu_timing import clock
+from cpu_units import BF16, Settings
 from lowbit_eval.latency import Session
 from timing import significant
 from torch import Tensor
@@ -184,8 +184,8 @@ def _players(
 ) -> dict[str, Player]:
     torch.set_num_threads(max(settings.threads))
     device = torch.device("cpu")
-    plain = load_model(str(original), "bfloat16", device)
-    ours = load_model(str(quantized), "bfloat16", device)
+    plain: Any = load_model(str(original), "bfloat16", device)
+    ours: Any = load_model(str(quantized), "bfloat16", device)
     kernels = ", ".join(f"{count} weights by {name}" for name, count in kernels_of(ours).items())
     players = {
         BF16: _torch_player(plain, length, None),
@@ -197,7 +197,7 @@ def _players(
     try:
         if LLAMA in crashed:
             raise LowbitError(crashed[LLAMA])
-        players[LLAMA] = _llama_player(quantized, settings, length, ours.config.vocab_size)  # type: ignore[union-attr]
+        players[LLAMA] = _llama_player(quantized, settings, length, ours.config.vocab_size)
     except Exception as error:  # a peer may raise anything; it is on record
         refused[LLAMA] = reason(error)
     return players
@@ -242,9 +242,9 @@ def _compare(players: dict[str, Player], quantized: Path, settings: Settings) ->
 
     bf16 is compared with nothing: it has other weights.
     """
-    exact = load_model(str(quantized), "float32", torch.device("cpu"))
+    exact: Any = load_model(str(quantized), "float32", torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(exact.config.vocab_size, (CHECKED_TOKENS,), generator=generator)  # type: ignore
+    ids = torch.randint(exact.config.vocab_size, (CHECKED_TOKENS,), generator=generator)
     wanted = _logits(exact, ids)
     errors = {BF16: 0.0}
     for name, player in players.items():

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from cpu_candidates import MAX_TOKENS, Candidate, Inputs, make_inputs, own, relative_error
-from cpu_cases import BF16, OPPONENTS, Settings, Unit
 from cpu_peers import PEERS
 from cpu_timing import Call, clock, copies_of, measure
+from cpu_units import BF16, OPPONENTS, Settings, Unit
 from lowbit_kernels.cpu.library import library
 from timing import significant
 

@@ -21,9 +21,9 @@ for _path in (Path(__file__).parent, ROOT / "eval", ROOT / "kernels", ROOT):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
 
-from cpu_cases import key_of  # noqa: E402 - after the paths
 from cpu_report import show  # noqa: E402
 from cpu_targets import judge_all, summary  # noqa: E402
+from cpu_units import key_of  # noqa: E402 - after the paths
 
 from lowbit.errors import LowbitError  # noqa: E402
 

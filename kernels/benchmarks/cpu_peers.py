@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from cpu_candidates import FLOAT, INT8, Candidate, Inputs, single
-from cpu_cases import FP32, Settings
 from cpu_timing import Call
+from cpu_units import FP32, Settings
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
@@ -211,7 +211,7 @@ def _openvino(
 
 def _openvino_model(inputs: Inputs, group: int) -> tuple[Any, Any]:
     """Returns the graph and the arrays that its constants lie in."""
-    from openvino import Model, Shape, Type  # type: ignore[import-not-found]
+    from openvino import Model, Shape, Type
     from openvino import Tensor as Array
     from openvino import op as nodes
     from openvino import opset13 as ops

@@ -21,7 +21,7 @@ PEERS = {
     "bitsandbytes": "#3a7d44",
     "fp32": "#bbbbbb",
 }
-STYLES = ("--", ":", "-.")
+STYLES: tuple[Any, ...] = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
@@ -43,9 +43,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
     )
     panels = list(grid.flat)
     top = max((v for entry in mine for v in _shown(entry).values()), default=1.0)
+    looks = _looks(mine)
     for panel, scheme in zip(panels, schemes, strict=False):
-        _panel(panel, scheme, [entry for entry in mine if entry["scheme"] == scheme], top)
+        _panel(panel, scheme, [entry for entry in mine if entry["scheme"] == scheme], top, looks)
     _shares(panels[len(schemes)], mine)
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    known = {name: lines[name] for name in looks if name in lines}
+    # One legend for all: a name looks the same in every panel.
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=6, fontsize=8,
+                  frameon=False, handlelength=3)  # fmt: skip
     for panel in panels[len(schemes) + 1 :]:
         panel.set_visible(False)
     origin = result["provenance"]
@@ -66,29 +72,34 @@ def _shown(entry: dict[str, Any]) -> dict[int, float]:
     return {int(m): value for m, value in entry["vs_bf16"].items()}
 
 
-def _panel(axes: Any, scheme: str, entries: list[dict[str, Any]], top: float) -> None:
+def _looks(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns candidate -> how its line looks: ours in colour and solid, a colour per library."""
+    looks: dict[str, dict[str, Any]] = {}
     used: dict[str, int] = {}
+    for name in dict.fromkeys(entry["candidate"] for entry in entries if _shown(entry)):
+        if name in OURS:
+            looks[name] = {"color": OURS[name], "linestyle": "-", "linewidth": 2.0, "zorder": 3}
+            continue
+        family = name.split(" ")[0]
+        style = STYLES[used.get(family, 0) % len(STYLES)]
+        used[family] = used.get(family, 0) + 1
+        colour = PEERS.get(family, "#777777")
+        looks[name] = {"color": colour, "linestyle": style, "linewidth": 1.4}
+    return looks
+
+
+def _panel(
+    axes: Any,
+    scheme: str,
+    entries: list[dict[str, Any]],
+    top: float,
+    looks: dict[str, dict[str, Any]],
+) -> None:
     for entry in entries:
         points, name = _shown(entry), entry["candidate"]
-        if not points:
-            continue
-        if name in OURS:
-            colour, style, width = OURS[name], "-", 2.0
-        else:
-            family = name.split(" ")[0]
-            style = STYLES[used.get(family, 0) % len(STYLES)]
-            used[family] = used.get(family, 0) + 1
-            colour, width = PEERS.get(family, "#777777"), 1.3
-        axes.plot(
-            list(points),
-            list(points.values()),
-            color=colour,
-            linestyle=style,
-            linewidth=width,
-            marker="o",
-            markersize=2.5,
-            label=name,
-        )
+        if points:
+            look = {**looks[name], "marker": "o", "markersize": 2.5, "label": name}
+            axes.plot(list(points), list(points.values()), **look)
     axes.axhline(1.0, color="#999999", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -102,14 +113,13 @@ def _panel(axes: Any, scheme: str, entries: list[dict[str, Any]], top: float) ->
     axes.set_xlabel("tokens M", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.legend(fontsize=6, frameon=False, loc="lower left", handlelength=2.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
 def _shares(axes: Any, entries: list[dict[str, Any]]) -> None:
     """Draws how near one token comes to plain reading, a bar per scheme."""
-    bars = {}
+    bars: dict[str, float] = {}
     for entry in entries:
         share = entry["share_of_ceiling"].get("1")
         if entry["kind"] == "ours" and share is not None:

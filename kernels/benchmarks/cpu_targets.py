@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cpu_cases import BF16, READ
+from cpu_units import BF16, READ
 from targets import Target
 from timing import significant
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cpu_cases import Settings, Unit, key_of
+from cpu_units import Settings, Unit, key_of
 
 from lowbit.progress import RunProgress
 
