@@ -5,6 +5,7 @@
 #   make lint      ruff and mypy
 #   make sanitize  the tests of the native CPU kernels under AddressSanitizer and UBSan (needs g++)
 #   make bench-gpu measure the kernels, a decoder and GPTQ on a GPU (docs/benchmarks-gpu.md)
+#   make bench-cpu measure the kernels and a decoder on the CPU beside peers (docs/benchmarks-cpu.md)
 #   make clean     remove the environment and everything generated
 #
 # Variables:
@@ -14,7 +15,7 @@
 #     make demo TORCH='torch --extra-index-url https://download.pytorch.org/whl/cpu'
 #   CXX=clang++           what compiles the native CPU kernels; without a compiler there are none
 #   BENCH_PYTHON=python3  what runs bench-gpu, instead of .venv: nothing is installed then
-#   BENCH='--tune'        arguments of bench-gpu
+#   BENCH='--tune'        arguments of bench-gpu or bench-cpu
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -26,7 +27,7 @@ BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
 NATIVE := kernels/lowbit_kernels/cpu
 
-.PHONY: help demo test lint sanitize bench-gpu clean
+.PHONY: help demo test lint sanitize bench-gpu bench-cpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,8 +50,11 @@ sanitize: $(VENV)/installed-dev
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/installed-bench)
 	$(BENCH_PYTHON) kernels/benchmarks/gpu.py $(BENCH)
 
+bench-cpu: $(VENV)/installed-bench $(VENV)/compiled
+	$(BIN)/python kernels/benchmarks/cpu.py $(BENCH)
+
 clean:
-	rm -rf $(VENV) build dist demo-output bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output bench-gpu bench-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(NATIVE)/liblowbit.* $(NATIVE)/.lowbit-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -72,7 +76,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
-	@echo "installing what bench-gpu draws with into $(VENV)"
+	@echo "installing what the benchmarks draw with into $(VENV)"
 	$(PIP) -e '.[bench]'
 	@touch $@
 
