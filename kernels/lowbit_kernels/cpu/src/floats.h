@@ -107,38 +107,42 @@ inline void quantize(const Weight& w, const float* x, int token, const Activatio
   }
 }
 
-// One strip as float32 [padded columns][16]: scale * (code - zero), rounded once.
+// What codes of one group become: scale * (code - zero), or scale * level.
+template <int kKind> struct Decoder {
+  Isa::Floats scale, minus_zero;
+  Isa::Levels levels;
+
+  template <int kByte> Isa::Floats value(const Isa::Bytes& v) const {
+    if constexpr (kKind == kCodebook)
+      return Isa::mul(Isa::template level<kByte>(levels, v), scale);
+    else
+      return Isa::mul(Isa::add(Isa::template byte<kByte>(v), minus_zero), scale);
+  }
+};
+
+// One strip as float32 [padded columns][16], rounded once.
 template <int kKind> void decode_panel(const Weight& w, int strip, float* panel) {
-  using Layout = Codes<kKind>;
+  using Layout = Codes<kKind == kCodebook ? kInt4 : kKind>;  // codes, not what they stand for
   const uint8_t* p = w.codes + strip * strip_bytes(w);
   const uint8_t* h = w.high + static_cast<size_t>(strip) * padded_columns(w) * 2;
   const float middle = kKind == kCodebook ? 0.0f : static_cast<float>(1 << (w.kind - 1));
   const Isa::Bytes none = {};
+  Decoder<kKind> decoder = {};
+  if (kKind == kCodebook) decoder.levels = Isa::load_levels(w.levels);
   for (int g = 0; g < w.groups; g++) {
     const size_t at = (static_cast<size_t>(strip) * w.groups + g) * kStrip;
-    const Isa::Floats scale = load_typed(w.scale, at, w.scale_type);
-    const Isa::Floats minus_zero =
+    decoder.scale = load_typed(w.scale, at, w.scale_type);
+    decoder.minus_zero =
         Isa::mul(w.zero ? Isa::load_bytes(w.zero + at) : Isa::set(middle), Isa::set(-1.0f));
     const int group = padded(group_columns(w, g));
     for (int i = 0; i < group; i += Layout::kColumns) {
-      if (kKind == kCodebook) {
-        // Levels are float32: looked up one by one.
-        for (int j = 0; j < 64; j++) {
-          const int row = j / 4, even = j % 4;
-          panel[even * kStrip + row] = w.levels[p[j] & 15];
-          panel[(even + 4) * kStrip + row] = w.levels[p[j] >> 4];
-        }
-        for (int k = 0; k < 8; k++)
-          Isa::store(panel + k * kStrip, Isa::mul(Isa::load_floats(panel + k * kStrip), scale));
-      } else {
-        Layout::visit(p, h, none, none, [&](int quad, const Isa::Bytes& v, const Isa::Bytes&) {
-          float* out = panel + quad * 4 * kStrip;
-          Isa::store(out, Isa::mul(Isa::add(Isa::template byte<0>(v), minus_zero), scale));
-          Isa::store(out + 16, Isa::mul(Isa::add(Isa::template byte<1>(v), minus_zero), scale));
-          Isa::store(out + 32, Isa::mul(Isa::add(Isa::template byte<2>(v), minus_zero), scale));
-          Isa::store(out + 48, Isa::mul(Isa::add(Isa::template byte<3>(v), minus_zero), scale));
-        });
-      }
+      Layout::visit(p, h, none, none, [&](int quad, const Isa::Bytes& v, const Isa::Bytes&) {
+        float* out = panel + quad * 4 * kStrip;
+        Isa::store(out, decoder.template value<0>(v));
+        Isa::store(out + 16, decoder.template value<1>(v));
+        Isa::store(out + 32, decoder.template value<2>(v));
+        Isa::store(out + 48, decoder.template value<3>(v));
+      });
       p += Layout::kBytes;
       h += Layout::kHigh;
       panel += Layout::kColumns * kStrip;

@@ -74,6 +74,17 @@ struct Isa {
         _mm256_and_si256(_mm256_srli_epi32(v, 8 * kByte), _mm256_set1_epi32(255)));
   }
   template <int kByte> static Floats byte(Bytes v) { return {byte<kByte>(v.a), byte<kByte>(v.b)}; }
+  struct Levels { __m256 a, b; };
+  static Levels load_levels(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  template <int kByte> static __m256 level(const Levels& levels, __m256i v) {
+    const __m256i index = _mm256_srli_epi32(v, 8 * kByte);  // of three bits, and one that chooses
+    const __m256 chosen = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(levels.a, index),
+                            _mm256_permutevar8x32_ps(levels.b, index), chosen);
+  }
+  template <int kByte> static Floats level(const Levels& levels, Bytes v) {
+    return {level<kByte>(levels, v.a), level<kByte>(levels, v.b)};
+  }
   static Floats set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static Floats mul(Floats x, Floats y) {
     return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};

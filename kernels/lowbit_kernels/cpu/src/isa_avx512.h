@@ -51,6 +51,12 @@ struct Isa {
   template <int kByte> static Floats byte(Bytes v) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8 * kByte), _mm512_set1_epi32(255)));
   }
+  // 16 float32 values, looked up by `level`: byte `kByte` of every lane, below 16, is the index.
+  using Levels = __m512;
+  static Levels load_levels(const float* p) { return _mm512_loadu_ps(p); }
+  template <int kByte> static Floats level(Levels levels, Bytes v) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * kByte), levels);  // of four bits
+  }
   static Floats set(float v) { return _mm512_set1_ps(v); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }

@@ -62,6 +62,11 @@ struct Isa {
   template <int kByte> static Floats byte(const Bytes& v) {
     return each([&](int i) { return static_cast<float>(v.v[4 * i + kByte]); });
   }
+  using Levels = Floats;
+  static Levels load_levels(const float* p) { return load_floats(p); }
+  template <int kByte> static Floats level(const Levels& levels, const Bytes& v) {
+    return each([&](int i) { return levels.v[v.v[4 * i + kByte]]; });
+  }
   static Floats to_float(const Ints& v) {
     return each([&](int i) { return static_cast<float>(v.v[i]); });
   }
