@@ -48,7 +48,7 @@ def imported_modules(file: Path) -> set[str]:
 # The files of pure rooms that may import kernels; they are imported when a device asks for them.
 KERNEL_USERS = (
     "algorithms/ldlq.py",
-    *(f"backends/{name}.py" for name in ("cpu", "formats", "fragment", "strips", "triton")),
+    *(f"backends/{name}.py" for name in ("cpu", "formats", "fragment", "int8", "strips", "triton")),
 )
 
 

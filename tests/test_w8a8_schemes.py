@@ -235,4 +235,6 @@ def test_modules_hold_the_input_scale(scheme: str) -> None:
     assert set(state) == set(weight.scheme.tensor_specs(SHAPE))
     empty = QuantLinear(SHAPE[1], SHAPE[0], False, weight.scheme, torch.float32)
     empty.load_state_dict(state)
-    assert torch.equal(empty.half()(x), ops.linear(x, weight))  # casts keep stored scales
+    # Casts keep stored scales. Native kernels may run this one, in another order of roundings.
+    torch.testing.assert_close(empty.half()(x), y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(empty.state_dict()["weight_scale"], state["weight_scale"])

@@ -1,5 +1,7 @@
 """The Triton kernels of `lowbit_kernels`: NVIDIA and AMD GPUs, weights in fragment order.
 
+Where a scheme rounds activations to int8, tensor cores multiply bytes: `backends/int8.py`.
+
 Triton is imported when the first weight on a GPU asks for it, not before.
 """
 
@@ -28,7 +30,13 @@ class TritonBackend:
 
         scheme = request.scheme
         if scheme.activations is not None:
-            return f"does not multiply activations as {scheme} rounds them"
+            from lowbit_kernels.gpu import w8a8
+
+            if request.in_features > w8a8.MAX_IN_FEATURES:
+                return (
+                    f"{request.in_features} input features of int8 codes, whose sums could leave "
+                    f"int32; up to {w8a8.MAX_IN_FEATURES} are supported"
+                )
         reason = support.refusal(
             request.device,
             request.dtype,
@@ -44,7 +52,11 @@ class TritonBackend:
         return reason
 
     def prepare(self, qweight: QuantizedWeight) -> PreparedWeight:
-        """Returns the weight in fragment order."""
+        """Returns the weight in fragment order, or int8 codes for int8 activations."""
+        if qweight.scheme.activations is not None:
+            from lowbit.backends.int8 import Int8Prepared
+
+            return Int8Prepared.of(qweight)
         from lowbit.backends.fragment import FragmentPrepared
 
         return FragmentPrepared.of(qweight)

@@ -48,7 +48,7 @@ def quantized(x: Tensor, activation_scale: float | None) -> tuple[np.ndarray, np
     rows = x.detach().float().cpu().numpy().reshape(-1, x.shape[-1])
     if activation_scale is not None:
         scales = np.full(len(rows), activation_scale, np.float32)
-        return np.clip(np.rint(rows / scales[:, None]), -128, 127), scales
+        return np.clip(np.rint(rows / scales[:, None]), -127, 127), scales
     scales = np.maximum(np.abs(rows).max(1) / np.float32(127), np.float32(2.0**-126))
     return np.rint(rows / scales[:, None]), scales
 

@@ -5,7 +5,8 @@
     torch.ops.lowbit_kernels.w8a8_grad_input      grad (s_w q_w): straight through the rounding of x
 
 The weight is the stored one, int8 [N, K]. All are opaque to `torch.compile`, allocate from torch's
-allocator only, and read no tensor on the host. A row of x with a NaN becomes a row of NaN.
+allocator only, and read no tensor on the host. A row of x with a NaN becomes a row of NaN; so does
+one with an infinity, unless the scale is given.
 
 Per-token int8: Yao et al. 2022, ZeroQuant, section 4.1. Straight-through: Bengio et al. 2013.
 Shapes: N rows of the weight, K columns, M rows of activations (tokens).
@@ -63,8 +64,8 @@ def quantize_rows(x: Tensor, activation_scale: float | None = None) -> tuple[Ten
 
     `codes = round(x / scale)`, half to even, with `scale = max |row| / 127`, so that codes lie in
     -127 .. 127; a row of zeros has codes of zero and the smallest normal float32 for a scale. With
-    a given scale, codes saturate at -128 and 127. The scale of a row with a NaN is NaN. Not
-    differentiable.
+    a given scale, codes saturate at -127 and 127. The scale of a row with a NaN is NaN, and so is a
+    computed one of a row with an infinity. Not differentiable.
 
     Args:
         x: fp16, bf16 or fp32; any strides.

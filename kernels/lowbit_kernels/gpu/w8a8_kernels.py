@@ -38,7 +38,7 @@ def _codes(values, scale, STATIC: tl.constexpr):
     """Returns int8 values / scale, to nearest even; IEEE division, so that any device agrees."""
     levels = tl.math.div_rn(values, scale)
     if STATIC:
-        levels = tl.minimum(tl.maximum(levels, -128.0), 127.0)
+        levels = tl.minimum(tl.maximum(levels, -127.0), 127.0)
     return (levels + _ROUND - _ROUND).to(tl.int8)
 
 
@@ -79,6 +79,8 @@ def quantize_rows_kernel(
         scale = tl.where(scale == scale, static_scale, scale)
     else:
         scale = tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+        # Codes of an infinite scale are 0 or arbitrary: they must not pass as numbers.
+        scale = tl.where(scale == float("inf"), float("nan"), scale)
     tl.store(scales + token, scale)
     tl.store(target + column, _codes(values, scale, STATIC), mask=column < K)
     for start in tl.range(BLOCK_K, K, BLOCK_K):
