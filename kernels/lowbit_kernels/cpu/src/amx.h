@@ -4,8 +4,8 @@
 //     TDPBSUD     C[16 tokens][16 rows] int32 += A[16 tokens][64 columns] B[16 quads][16 rows][4]
 //                 with A signed and B unsigned
 //
-// Tiles are numbers in the instructions, so these are macros. With LOWBIT_EMULATE_AMX they are plain
-// C++, so that what is built of them is tested on any processor.
+// Tiles are numbers in the instructions, so these are macros. With LOWBIT_EMULATE_AMX they are
+// plain C++, so that what is built of them is tested on any processor with AVX512_BF16.
 #pragma once
 #include <immintrin.h>
 

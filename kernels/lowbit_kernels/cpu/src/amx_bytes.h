@@ -1,12 +1,11 @@
 // Integer products by tiles of AMX: what block.h does by VNNI, bit for bit.
 //
-// Codes of one segment as bytes, [quads][16 rows][4], are B tiles as they lie; the activations of 16
-// tokens are an A tile. With two planes a token's segment is [high bytes][low bytes] here, so that
-// each plane is a tile; for up to kMaxTokens tokens, where the kernels of AVX-512 are used, it stays
-// as weight.h has it.
+// Codes of one segment as bytes, [quads][16 rows][4], are B tiles as they lie; the activations of
+// 16 tokens are an A tile. With two planes a token's segment is [high bytes][low bytes] here, so
+// that each plane is a tile; for up to kMaxTokens tokens, which the kernels of AVX-512 multiply, it
+// stays as weight.h has it.
 //
-// A segment of 128 columns of 16 rows and tokens takes 256 VPDPBUSD with one plane, or two products of
-// tiles and a few vectors to scale their sums.
+// With one plane, 16 rows, 16 tokens and 128 columns take 512 VPDPBUSD, or two products of tiles.
 #pragma once
 #include "amx.h"
 #include "product.h"
@@ -116,7 +115,8 @@ struct BlockScale {
   Isa::Floats scale[kBlockStrips], zero[kBlockStrips];
 };
 
-// Adds one segment's products of `count` tokens, whose bytes begin at x, to out [tokens][kBlockRows].
+// Adds one segment's products of `count` tokens, whose bytes begin at x, to out
+// [tokens][kBlockRows].
 template <int kKind, int kPlanes>
 void add_segment(const SegmentCodes<kKind>& codes, int columns, int step, const int8_t* x,
                  const SegmentUnit* units, int count, const BlockScale& scales, float* out) {

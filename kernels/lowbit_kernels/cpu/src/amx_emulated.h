@@ -1,5 +1,5 @@
-// The tile instructions that amx.h names, in plain C++. Their order of sums and roundings is that of
-// Intel's manual, but small numbers are not flushed to zero. A tile that is used as it is not
+// The tile instructions that amx.h names, in plain C++. Their order of sums and roundings is that
+// of Intel's manual, but small numbers are not flushed to zero. A tile that is used as it is not
 // configured ends the process.
 #pragma once
 #include <cmath>

@@ -115,7 +115,8 @@ inline void decode_columns(const Weight& w, Cursor& at, int columns, uint16_t* o
   }
 }
 
-// One token of `x`, [columns], or zeros for null, into the blocks that are multiplied, [blocks][rows][kBlockColumns].
+// One token of `x`, [columns], or zeros for null, into the blocks that are multiplied,
+// [blocks][rows][kBlockColumns].
 inline void arrange(const Weight& w, const uint16_t* x, int token, int rows, uint16_t* out) {
   const size_t block = static_cast<size_t>(rows) * kBlockColumns;
   out += static_cast<size_t>(token) * kBlockColumns;
@@ -141,8 +142,8 @@ inline void arrange(const Weight& w, const uint16_t* x, int token, int rows, uin
   }
 }
 
-// Sums of `tokens` tokens and the rows of `count` strips, [tokens][kBlockRows]. Multiply::block adds
-// the products of one decoded block to them.
+// Sums of `tokens` tokens and the rows of `count` strips, [tokens][kBlockRows]. Multiply::block
+// adds the products of one decoded block to them.
 template <class Multiply, int kKind>
 void multiply_pairs_kind(const Weight& w, const uint16_t* x, int tokens, int rows, int strip,
                          int count, uint16_t* panel, float* sums) {
