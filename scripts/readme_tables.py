@@ -123,11 +123,62 @@ def kernels(result: dict[str, Any]) -> str:
     return title + markdown_table(header, rows) + "\n\n" + footnote(result, ("triton",))
 
 
+def cpu(result: dict[str, Any]) -> str:
+    """Returns the speed-ups of the CPU kernels and the decoder, from `make bench-cpu`."""
+    parts = []
+    for threads in sorted({entry["threads"] for entry in result["summary"]}):
+        mine = [entry for entry in result["summary"] if entry["threads"] == threads]
+        tokens = sorted({int(m) for entry in mine for m in entry["vs_bf16"]})
+        rows = []
+        for scheme in dict.fromkeys(entry["scheme"] for entry in mine):
+            found = {e["candidate"]: e for e in mine if e["scheme"] == scheme}
+            peers = [entry for entry in found.values() if entry["kind"] == "peer"]
+            cells = []
+            for m in map(str, tokens):
+                own = [found.get(name, {"vs_bf16": {}})["vs_bf16"].get(m) for name in CPU_OWN]
+                best = max((e["vs_bf16"][m] for e in peers if m in e["vs_bf16"]), default=None)
+                cells.append(" / ".join("-" if x is None else f"{x:.2f}" for x in (*own, best)))
+            shares = [found[n]["share_of_ceiling"].get("1") for n in CPU_OWN if n in found]
+            share = next((x for x in shares if x is not None), None)
+            rows.append([f"`{scheme}`", *cells, "-" if share is None else f"{100 * share:.0f}%"])
+        title = (
+            f"Times torch's bf16 product, threads: {threads}, {result['isa']}: 16-bit activations "
+            "/ 8-bit activations / the fastest peer. The last column is the share of plain "
+            "reading's speed at one token.\n\n"
+        )
+        header = ["", *(f"M = {m}" for m in tokens), "of reading"]
+        parts.append(title + markdown_table(header, rows))
+    if result["decoder"]:
+        parts.append(_cpu_decoder(result["decoder"]))
+    return "\n\n".join(parts) + "\n\n" + footnote(result)
+
+
+def _cpu_decoder(measured: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            f"{name}, threads: {row['threads']}",
+            f"{entry['prefill_tokens_per_second']:.1f}",
+            f"{entry['decode_tokens_per_second']:.1f}",
+        ]
+        for row in measured
+        for name, entry in row["candidates"].items()
+    ]
+    first = measured[0]
+    title = (
+        f"A random Llama of 1B's shape in `{first['scheme']}`, the same weights everywhere: tokens "
+        f"per second of a prompt of {first['prompt']}, and of {first['new']} new ones.\n\n"
+    )
+    return title + markdown_table(["", "prefill", "decode"], rows)
+
+
+# Candidates of ours in cpu.json, the default first.
+CPU_OWN = ("lowbit A16", "lowbit A8")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "memory": memory,
     "kill_resume": kill_resume,
     "kernels": kernels,
+    "cpu": cpu,
 }
 
 

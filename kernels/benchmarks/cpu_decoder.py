@@ -68,12 +68,12 @@ def make_models(folder: Path, shape: dict[str, Any], seed: int = 0) -> tuple[Pat
 
     original, quantized = folder / "bf16", folder / SCHEME
     if not (original / "config.json").exists():
-        shutil.rmtree(original, ignore_errors=True)
+        partial = folder / "bf16.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         torch.manual_seed(seed)
         config = LlamaConfig(**shape, dtype="bfloat16")
-        model = LlamaForCausalLM(config).bfloat16()
-        model.save_pretrained(original)
-        del model
+        LlamaForCausalLM(config).bfloat16().save_pretrained(partial)
+        partial.rename(original)
     if not (quantized / "lowbit_manifest.json").exists():
         shutil.rmtree(quantized, ignore_errors=True)
         lowbit.quantize(
