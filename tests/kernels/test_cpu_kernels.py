@@ -61,15 +61,43 @@ def test_16_bit_activations_err_no_more_than_torch(
         assert relative(found, exact) <= times * relative(plain, exact)
 
 
-def test_neither_threads_nor_neighbours_change_a_result(library: Any, isa: int) -> None:
-    weight = random_weight("int4", 4, False, (200, 512, 64), seed=5)
+@pytest.mark.parametrize(("kind", "bits"), [("int2", 2), ("int3", 3), ("int8", 8), ("nf4", 4)])
+def test_neither_threads_nor_neighbours_change_a_result(
+    library: Any, isa: int, kind: str, bits: int
+) -> None:
+    weight = random_weight(kind, bits, False, (200, 512, 64), seed=5)
     x = torch.randn(70, 512, generator=torch.Generator().manual_seed(1))
     for planes in (0, 1, 2):
         whole = linear(library, weight, x, None, planes, isa)
         assert torch.equal(whole, linear(library, weight, x, None, planes, isa, threads=3))
-        for rows in (slice(5, 8), slice(0, 70, 7)):
+        # Few tokens are multiplied in ways of their own, and more are divided into tiles.
+        for rows in (slice(0, 70, 7), *(slice(5, 5 + count) for count in range(1, 18))):
             part = linear(library, weight, x[rows].contiguous(), None, planes, isa)
             assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize(("kind", "bits", "asym"), KINDS)
+@pytest.mark.parametrize("byte", [0, 255])
+def test_the_largest_sums_fit_their_integers(
+    library: Any, isa: int, kind: str, bits: int, asym: bool, byte: int
+) -> None:
+    # All codes and all activations are as large as they can be, for whole segments.
+    weight = random_weight(kind, bits, asym, (32, 1024, 1024), seed=6)
+    for codes in weight.tensors[:2]:
+        if codes is not None:
+            codes.fill_(byte)
+    dense = torch.empty(32, 1024)
+    pointer = ctypes.c_void_p(dense.data_ptr())
+    assert library.lowbit_decode(ctypes.byref(weight.c), pointer, 0, 1, isa) == 0
+    for sign in (1.0, -1.0):
+        x = torch.full((7, 1024), sign)
+        exact = x.double() @ dense.double().T
+        for planes in (1, 2):
+            for tokens in (1, 7):
+                found = linear(library, weight, x[:tokens], None, planes, isa)
+                # Zero points are subtracted from sums of codes that may be 256 times the result.
+                error = (found - exact[:tokens]).abs() / (exact[:tokens].abs() + dense.abs().max())
+                assert float(error.max()) < 5e-3, (planes, tokens)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])

@@ -63,6 +63,24 @@ template <> struct Packed<kInt3> {
   }
 };
 
+// What `unpack` writes: bytes below 16, and the high and low bytes of a codebook's values.
+constexpr int kNarrowBytes = 32, kWideBytes = 33, kTwoBytes = 34;
+template <> struct Packed<kNarrowBytes> : Packed<kInt8> {};
+template <> struct Packed<kWideBytes> : Packed<kInt8> {};
+template <> struct Packed<kTwoBytes> {
+  static constexpr int kColumns = 4, kBytes = 64, kHigh = 64;
+  Isa::Bytes codes, low;
+  void read(const uint8_t* p, const uint8_t* low_bytes) {
+    codes = Isa::load(p);
+    low = Isa::load(low_bytes);
+  }
+  template <int kQuad> Isa::Bytes quad() const { return codes; }
+};
+constexpr int unpacked(int kind) {
+  return kind == kCodebook ? kTwoBytes : kind == kInt8 ? kWideBytes : kNarrowBytes;
+}
+constexpr bool has_table(int kind) { return kind == kCodebook || kind == kTwoBytes; }
+
 template <int kKind> struct Codes : Packed<kKind> {
   // visit(quad, bytes, low bytes) for each quad; the tables are a codebook's.
   template <class F>
@@ -70,7 +88,7 @@ template <int kKind> struct Codes : Packed<kKind> {
                     const Isa::Bytes& low, F f) {
     Codes codes;
     codes.read(p, high_bits);
-    with_constants<Codes::kColumns / 4>([&](auto quad) {
+    with_constants<Codes::kColumns / 4>([&](auto quad) LOWBIT_INLINED {
       const Isa::Bytes v = codes.template quad<quad>();
       if constexpr (kKind == kCodebook)
         f(quad, Isa::lookup(high, v), Isa::lookup(low, v));
@@ -86,11 +104,15 @@ LOWBIT_INLINE void load_typed_strips(const void* p, size_t at, size_t stride, in
                                      Isa::Floats (&out)[kStrips]) {
   const uint16_t* halves = static_cast<const uint16_t*>(p) + at;
   if (type == kFloat16)
-    repeat<kStrips>([&](auto n) { out[n] = Isa::load_halves(halves + n * stride); });
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+      out[n] = Isa::load_halves(halves + n * stride);
+    });
   else if (type == kBFloat16)
-    repeat<kStrips>([&](auto n) { out[n] = Isa::load_bfloats(halves + n * stride); });
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+      out[n] = Isa::load_bfloats(halves + n * stride);
+    });
   else
-    repeat<kStrips>([&](auto n) {
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
       out[n] = Isa::load_floats(static_cast<const float*>(p) + at + n * stride);
     });
 }

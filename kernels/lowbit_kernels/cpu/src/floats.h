@@ -1,5 +1,7 @@
 // Activations in and out of the kernels, and products in float32 for many tokens.
 #pragma once
+#include <utility>
+
 #include "block.h"
 
 namespace lowbit {
@@ -79,9 +81,17 @@ inline void quantize_segment(const float* x, int columns, int planes, const Unit
   *sum_low = planes == 2 ? static_cast<float>(total_low) : 0.0f;
   for (int quad = 0; quad < columns / 4; quad++) {
     int8_t* out = bytes + quad * 4 * planes;
+    const int32_t *upper = high + 4 * quad, *lower = low + 4 * quad;
+    if (Isa::kWords && planes == 2) {
+      int16_t words[4];
+      for (int i = 0; i < 4; i++) words[i] = static_cast<int16_t>(kRadix * upper[i] + lower[i]);
+      std::swap(words[1], words[2]);
+      std::memcpy(out, words, sizeof(words));
+      continue;
+    }
     for (int i = 0; i < 4; i++) {
-      out[i] = static_cast<int8_t>(high[4 * quad + i]);
-      if (planes == 2) out[4 + i] = static_cast<int8_t>(low[4 * quad + i]);
+      out[i] = static_cast<int8_t>(upper[i]);
+      if (planes == 2) out[4 + i] = static_cast<int8_t>(lower[i]);
     }
   }
 }

@@ -30,15 +30,14 @@
 #else
 #define LOWBIT_LOOP
 #endif
-// FLAT: with all that they call, before GCC decides what lives in registers. (Plain C++ has no such
-// registers, and becomes four times as long.)
+// For what these are made of, lambdas too. (Plain C++, which has no registers for sums, would
+// become four times as long.)
 #if defined(__GNUC__) && defined(__AVX2__)
-#define LOWBIT_FLAT __attribute__((flatten))
-#define LOWBIT_INLINE inline __attribute__((always_inline))
+#define LOWBIT_INLINED __attribute__((always_inline))
 #else
-#define LOWBIT_FLAT
-#define LOWBIT_INLINE inline
+#define LOWBIT_INLINED
 #endif
+#define LOWBIT_INLINE inline LOWBIT_INLINED
 
 namespace lowbit {
 namespace LOWBIT_ISA {

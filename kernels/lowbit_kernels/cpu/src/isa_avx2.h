@@ -12,8 +12,10 @@ struct Isa {
   using Ints = Bytes;
   using Four = Bytes;
   struct Floats { __m256 a, b; };
+  static constexpr bool kWords = true;  // two planes of activations are words of 16 bits
+  static constexpr bool kUnpacks = true;      // see block.h
   static constexpr bool kInRegisters = true;
-  static constexpr int kSums = 1, kBlockSums = 4, kTokensAtOnce = 6;
+  static constexpr int kSums = 1, kTileStrips = 1, kBlockSums = 4, kTokensAtOnce = 6;
 
   static Bytes load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
@@ -67,6 +69,20 @@ struct Isa {
   template <bool kNarrow> static Ints dot(Ints sum, Bytes w, Bytes x) {
     if (kNarrow) return {dot_narrow(sum.a, w.a, x.a, 1), dot_narrow(sum.b, w.b, x.b, 1)};
     return {dot_wide(sum.a, w.a, x.a), dot_wide(sum.b, w.b, x.b)};
+  }
+  // Columns 0 and 2 of every lane, and columns 1 and 3.
+  struct Words { Bytes even, odd; };
+  static Words words(Bytes v) {
+    const __m256i m = _mm256_set1_epi16(255);
+    return {{_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)},
+            {_mm256_srli_epi16(v.a, 8), _mm256_srli_epi16(v.b, 8)}};
+  }
+  // Adds the products with two words of 16 bits each.
+  static Ints dot_words(Ints sum, const Words& w, Bytes even, Bytes odd) {
+    return {_mm256_add_epi32(sum.a, _mm256_add_epi32(_mm256_madd_epi16(w.even.a, even.a),
+                                                     _mm256_madd_epi16(w.odd.a, odd.a))),
+            _mm256_add_epi32(sum.b, _mm256_add_epi32(_mm256_madd_epi16(w.even.b, even.b),
+                                                     _mm256_madd_epi16(w.odd.b, odd.b)))};
   }
   static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   template <int kByte> static __m256 byte(__m256i v) {

@@ -12,8 +12,10 @@ struct Isa {
   using Ints = __m512i;
   using Floats = __m512;
   using Four = Bytes;
+  static constexpr bool kWords = false;  // two planes of activations are words of 16 bits
+  static constexpr bool kUnpacks = false;      // see block.h
   static constexpr bool kInRegisters = true;
-  static constexpr int kSums = 16, kBlockSums = 24, kTokensAtOnce = 14;
+  static constexpr int kSums = 16, kTileStrips = 2, kBlockSums = 24, kTokensAtOnce = 14;
 
   static Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }

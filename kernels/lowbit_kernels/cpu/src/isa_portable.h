@@ -10,8 +10,10 @@ struct Isa {
   struct Bytes { uint8_t v[64]; };
   struct Ints { int32_t v[16]; };
   struct Floats { float v[16]; };
+  static constexpr bool kWords = false;  // two planes of activations are words of 16 bits
+  static constexpr bool kUnpacks = true;      // see block.h
   static constexpr bool kInRegisters = false;
-  static constexpr int kSums = 1, kBlockSums = 4, kTokensAtOnce = 4;
+  static constexpr int kSums = 1, kTileStrips = 1, kBlockSums = 4, kTokensAtOnce = 4;
 
   static Bytes load(const uint8_t* p) {
     Bytes r;

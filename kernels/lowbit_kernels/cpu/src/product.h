@@ -7,8 +7,8 @@
 //     sum_k code_k x_k = 254 sum(code high_x) + sum(code low_x)
 //     sum_k (code_k - zero) x_k = the above - zero * sum_k x_k
 //
-// Only then are they scaled, in float32. With two planes of activations the result is that of 16-bit
-// activations; at one token, reading the weight takes longer than both multiplications.
+// Only then are they scaled, in float32. With two planes of activations the result is that of
+// 16-bit activations; at one token, reading the weight takes longer than both multiplications.
 #pragma once
 #include "codes.h"
 #include "kernels.h"
@@ -20,11 +20,19 @@ namespace LOWBIT_ISA {
 constexpr size_t kAhead = 8192;
 constexpr int kGroupsAhead = 8;  // scales and zero points, in groups
 
-// Integer sums of one segment; [0]: with the high bytes of x, [1]: with its low bytes (codebook: high
-// times low plus low times high; the product of both low bytes is under the rounding of x).
-template <int kPlanes, int kTokens, int kStrips> struct Sums {
-  Isa::Ints v[kStrips][kTokens][kPlanes];
+// How many sums of integers a product of one row and one token takes.
+template <int kKind, int kPlanes> constexpr int parts() {
+  return !(Isa::kWords && kPlanes == 2) ? kPlanes : has_table(kKind) ? 2 : 1;
+}
+
+// Integer sums of one segment. [0]: with the high bytes of x, [1]: with its low bytes (codebook:
+// high times low plus low times high; the product of both low bytes is under the rounding of x).
+// Where x is of words, [0]: of codes, or of the high bytes of a codebook's values, [1]: of the low.
+template <int kParts, int kTokens, int kStrips> struct Sums {
+  Isa::Ints v[kStrips][kTokens][kParts];
 };
+template <int kKind, int kPlanes, int kTokens, int kStrips>
+using SumsOf = Sums<parts<kKind, kPlanes>(), kTokens, kStrips>;
 
 // Neighbouring strips at one column, and how many bytes further their codes are asked for.
 struct StripCursor {
@@ -46,24 +54,43 @@ template <int kKind> inline void advance(StripCursor& cursor, int columns) {
   cursor.high += static_cast<size_t>(columns) / Codes<kKind>::kColumns * Codes<kKind>::kHigh;
 }
 
+// add_quad for tokens of words. (`V` is Isa, of which only some can do this.)
+template <int kKind, int kTokens, int kStrips, class V>
+LOWBIT_INLINE void add_words(const Isa::Bytes (&w)[kStrips], const Isa::Bytes (&w_low)[kStrips],
+                             const int8_t* x, size_t x_stride,
+                             SumsOf<kKind, 2, kTokens, kStrips>& sums) {
+  repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+    const auto words = V::words(w[n]);
+    repeat<kTokens>([&](auto m) LOWBIT_INLINED {
+      const int8_t* at = x + m * x_stride;
+      auto& sum = sums.v[n][m];
+      sum[0] = V::dot_words(sum[0], words, V::four(at), V::four(at + 4));
+      if constexpr (has_table(kKind))
+        sum[1] = V::dot_words(sum[1], V::words(w_low[n]), V::four(at), V::four(at + 4));
+    });
+  });
+}
+
 // Adds the products of a quad of every strip with that of every token.
 template <int kKind, int kPlanes, int kTokens, int kStrips>
 LOWBIT_INLINE void add_quad(const Isa::Bytes (&w)[kStrips], const Isa::Bytes (&w_low)[kStrips],
                             const int8_t* x, size_t x_stride,
-                            Sums<kPlanes, kTokens, kStrips>& sums) {
-  constexpr bool kNarrow = kKind != kInt8 && kKind != kCodebook;
-  repeat<kTokens>([&](auto m) {
+                            SumsOf<kKind, kPlanes, kTokens, kStrips>& sums) {
+  if constexpr (Isa::kWords && kPlanes == 2)
+    return add_words<kKind, kTokens, kStrips, Isa>(w, w_low, x, x_stride, sums);
+  constexpr bool kNarrow = kKind != kInt8 && kKind != kWideBytes && !has_table(kKind);
+  repeat<kTokens>([&](auto m) LOWBIT_INLINED {
     const Isa::Four high = Isa::four(x + m * x_stride);
-    repeat<kStrips>([&](auto n) {
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
       Isa::Ints& sum = sums.v[n][m][0];
       sum = Isa::template dot<kNarrow>(sum, w[n], high);
     });
     if constexpr (kPlanes == 2) {
       const Isa::Four low = Isa::four(x + m * x_stride + 4);
-      repeat<kStrips>([&](auto n) {
+      repeat<kStrips>([&](auto n) LOWBIT_INLINED {
         Isa::Ints& sum = sums.v[n][m][1];
         sum = Isa::template dot<kNarrow>(sum, w[n], low);
-        if constexpr (kKind == kCodebook) sum = Isa::template dot<kNarrow>(sum, w_low[n], high);
+        if constexpr (has_table(kKind)) sum = Isa::template dot<kNarrow>(sum, w_low[n], high);
       });
     }
   });
@@ -72,35 +99,40 @@ LOWBIT_INLINE void add_quad(const Isa::Bytes (&w)[kStrips], const Isa::Bytes (&w
 // Sums of one segment; rows of x are `columns` * kPlanes bytes.
 template <int kKind, int kPlanes, int kTokens, int kStrips>
 LOWBIT_INLINE void segment_sums(const StripCursor& cursor, int columns, const int8_t* x,
-                                const Tables& tables, Sums<kPlanes, kTokens, kStrips>& sums) {
+                                const Tables& tables,
+                                SumsOf<kKind, kPlanes, kTokens, kStrips>& sums) {
   using Layout = Codes<kKind>;
   const size_t x_stride = static_cast<size_t>(columns) * kPlanes;
   const size_t high_ahead = cursor.ahead / Layout::kBytes * Layout::kHigh;
   const uint8_t* codes = cursor.codes;
   const uint8_t* high = cursor.high;
-  repeat<kStrips>([&](auto n) {
-    repeat<kTokens>([&](auto m) {
-      repeat<kPlanes>([&](auto p) { sums.v[n][m][p] = Isa::zero(); });
+  repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+    repeat<kTokens>([&](auto m) LOWBIT_INLINED {
+      repeat<parts<kKind, kPlanes>()>(
+          [&](auto p) LOWBIT_INLINED { sums.v[n][m][p] = Isa::zero(); });
     });
   });
   const uint8_t* end = codes + columns / Layout::kColumns * Layout::kBytes;
   do {  // a segment has columns: GCC copies sums that might be those before the loop
     Layout strip[kStrips];
-    repeat<kStrips>([&](auto n) {
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
       const uint8_t* p = codes + n * cursor.stride;
       const uint8_t* h = high + n * cursor.high_stride;
-      for (int i = 0; i < Layout::kBytes; i += 64) Isa::prefetch(p + cursor.ahead + i);
-      if constexpr (Layout::kHigh > 0) Isa::prefetch(h + high_ahead);
+      if constexpr (kKind < kNarrowBytes) {
+        for (int i = 0; i < Layout::kBytes; i += 64) Isa::prefetch(p + cursor.ahead + i);
+        if constexpr (Layout::kHigh > 0) Isa::prefetch(h + high_ahead);
+      }
       strip[n].read(p, h);
     });
-    with_constants<Layout::kColumns / 4>([&](auto quad) {
+    with_constants<Layout::kColumns / 4>([&](auto quad) LOWBIT_INLINED {
       Isa::Bytes w[kStrips], w_low[kStrips];
-      repeat<kStrips>([&](auto n) {
+      repeat<kStrips>([&](auto n) LOWBIT_INLINED {
         w[n] = strip[n].template quad<quad>();
         if constexpr (kKind == kCodebook) {
           w_low[n] = Isa::lookup(tables.low, w[n]);
           w[n] = Isa::lookup(tables.high, w[n]);
         }
+        if constexpr (kKind == kTwoBytes) w_low[n] = strip[n].low;
       });
       add_quad<kKind, kPlanes, kTokens, kStrips>(w, w_low, x + quad * 4 * kPlanes, x_stride, sums);
     });
@@ -120,8 +152,11 @@ inline SegmentUnit segment_unit(const Weight& w, const Activations& a, size_t at
   const float sum_high = a.sum_high[at];
   float bias = sum_high, unit = a.unit[at];
   if (kPlanes == 2) bias = kRadix * sum_high + a.sum_low[at];
-  if (kKind == kCodebook) {
-    // Both bytes of a value are 128 too large, and the low one meets the high byte of x.
+  if (has_table(kKind) && Isa::kWords && kPlanes == 2) {
+    bias *= kRadix + 1;  // both bytes of a value are 128 too large
+    unit *= w.table_unit;
+  } else if (has_table(kKind)) {
+    // The same, and the low one meets the high byte of x.
     if (kPlanes == 2) bias += sum_high;
     unit *= w.table_unit * kRadix;
   }
@@ -145,10 +180,12 @@ LOWBIT_INLINE void load_scales(const Weight& w, int strip, int group, StripScale
   load_typed_strips<kStrips>(w.scale, at, stride, w.scale_type, out.scale);
   if (kKind != kCodebook && w.zero) {
     for (int n = 0; n < kStrips; n++) Isa::prefetch(w.zero + next + n * stride);
-    repeat<kStrips>([&](auto n) { out.zero[n] = Isa::load_bytes(w.zero + at + n * stride); });
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+      out.zero[n] = Isa::load_bytes(w.zero + at + n * stride);
+    });
   } else {
     const float middle = kKind == kCodebook ? 128.0f : static_cast<float>(1 << (w.kind - 1));
-    repeat<kStrips>([&](auto n) { out.zero[n] = Isa::set(middle); });
+    repeat<kStrips>([&](auto n) LOWBIT_INLINED { out.zero[n] = Isa::set(middle); });
   }
 }
 
@@ -163,12 +200,12 @@ inline void load_scale(const Weight& w, int strip, int group, Isa::Floats& scale
 }
 
 // before + scale * unit * (sum - zero * bias)
-template <int kPlanes>
-LOWBIT_INLINE Isa::Floats scaled_sum(const Isa::Ints (&sums)[kPlanes], const SegmentUnit& part,
+template <int kParts>
+LOWBIT_INLINE Isa::Floats scaled_sum(const Isa::Ints (&sums)[kParts], const SegmentUnit& part,
                                      const Isa::Floats& scale, const Isa::Floats& zero,
                                      const Isa::Floats& before) {
   Isa::Floats sum = Isa::to_float(sums[0]);
-  if constexpr (kPlanes == 2) sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums[1]));
+  if constexpr (kParts == 2) sum = Isa::fma(sum, Isa::set(kRadix), Isa::to_float(sums[1]));
   sum = Isa::fma(zero, Isa::set(-part.bias), sum);
   return Isa::fma(Isa::mul(scale, Isa::set(part.unit)), sum, before);
 }
@@ -195,30 +232,32 @@ LOWBIT_INLINE void for_segments(const Weight& w, int strip, F segment) {
 }
 
 template <int kKind, int kPlanes, int kTokens, int kStrips>
-LOWBIT_LOOP LOWBIT_FLAT void multiply_strips(const Weight& w, const Activations& a, int strip,
+LOWBIT_LOOP void multiply_strips(const Weight& w, const Activations& a, int strip,
                                              float* out, size_t out_stride) {
   const Tables tables = load_tables<kKind>(w);
   const int8_t* x = a.bytes;
   Isa::Floats result[kStrips][kTokens];
-  repeat<kStrips>([&](auto n) {
-    repeat<kTokens>([&](auto m) { result[n][m] = Isa::set(0.0f); });
+  repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+    repeat<kTokens>([&](auto m) LOWBIT_INLINED { result[n][m] = Isa::set(0.0f); });
   });
   for_segments<kKind, kStrips>(w, strip, [&](const StripCursor& cursor, int index, int columns,
-                                             const StripScales<kStrips>& scales) {
-    Sums<kPlanes, kTokens, kStrips> sums;
+                                             const StripScales<kStrips>& scales) LOWBIT_INLINED {
+    SumsOf<kKind, kPlanes, kTokens, kStrips> sums;
     segment_sums<kKind, kPlanes, kTokens, kStrips>(cursor, columns, x, tables, sums);
     x += static_cast<size_t>(columns) * kPlanes * kTokens;
-    repeat<kTokens>([&](auto m) {
+    repeat<kTokens>([&](auto m) LOWBIT_INLINED {
       const size_t at = static_cast<size_t>(index) * kTokens + m;
       const SegmentUnit part = segment_unit<kKind, kPlanes>(w, a, at);
-      repeat<kStrips>([&](auto n) {
+      repeat<kStrips>([&](auto n) LOWBIT_INLINED {
         result[n][m] =
-            scaled_sum<kPlanes>(sums.v[n][m], part, scales.scale[n], scales.zero[n], result[n][m]);
+            scaled_sum(sums.v[n][m], part, scales.scale[n], scales.zero[n], result[n][m]);
       });
     });
   });
-  repeat<kStrips>([&](auto n) {
-    repeat<kTokens>([&](auto m) { Isa::store(out + m * out_stride + n * kStrip, result[n][m]); });
+  repeat<kStrips>([&](auto n) LOWBIT_INLINED {
+    repeat<kTokens>([&](auto m) LOWBIT_INLINED {
+      Isa::store(out + m * out_stride + n * kStrip, result[n][m]);
+    });
   });
 }
 
@@ -235,7 +274,8 @@ void multiply_range(const Weight& w, const Activations& a, int first, int last, 
   constexpr int kStrips = strips_at_once<kKind, kPlanes, kTokens>();
   int strip = first;
   for (; strip + kStrips <= last; strip += kStrips)
-    multiply_strips<kKind, kPlanes, kTokens, kStrips>(w, a, strip, out + strip * kStrip, out_stride);
+    multiply_strips<kKind, kPlanes, kTokens, kStrips>(w, a, strip, out + strip * kStrip,
+                                                      out_stride);
   for (; strip < last; strip++)
     multiply_strips<kKind, kPlanes, kTokens, 1>(w, a, strip, out + strip * kStrip, out_stride);
 }

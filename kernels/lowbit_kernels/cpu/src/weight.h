@@ -76,7 +76,9 @@ struct Activations {
   // 0: a unit per token and segment, from the largest value there; -1: one per token; above: that
   // unit for all, and values beyond 127 of it are 127.
   float step;
-  int8_t* bytes;      // [segments][tokens][columns of the segment / 4][planes][4]
+  // [segments][tokens][columns of the segment / 4][planes][4]. AVX2 has products of 16-bit words, but
+  // hardly of bytes: two planes are four words there, high and low together, columns 0, 2, 1, 3.
+  int8_t* bytes;
   float* unit;        // [segments][tokens]: value = unit * integer
   float* sum_high;    // [segments][tokens]: sums of the bytes
   float* sum_low;
