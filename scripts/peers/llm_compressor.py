@@ -66,12 +66,21 @@ def decode(tensors: dict[str, Tensor], name: str, job: Job) -> Tensor:
     return (grouped * scales[:, :, None]).flatten(1)
 
 
+def leave_memory_unpinned() -> None:
+    """Lets AWQ run without an accelerator: it pins activations for a copy that never happens."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None
+
+
 def main() -> None:
     """Runs one job."""
     from datasets import Dataset
     from llmcompressor import oneshot
 
     job = parse_job()
+    leave_memory_unpinned()
     ids = job.input_ids()
     rows = Dataset.from_dict(
         {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
