@@ -95,8 +95,9 @@ inline void multiply_strips(const Kernels& kernels, const Call& call, const Piec
   }
 }
 
-// All pieces, whose weights are of one size.
-inline Status run(const Kernels& kernels, const Call& call, std::vector<Piece>& pieces,
+// All pieces, whose weights are of one size. Static: a thread's memory below belongs to this library,
+// not to whichever was loaded first.
+static Status run(const Kernels& kernels, const Call& call, std::vector<Piece>& pieces,
                   Scratch& shared) {
   if (pieces.empty()) return kDone;
   size_t total = 0;
