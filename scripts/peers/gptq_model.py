@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ ORDERS: dict[str, dict[str, Any]] = {
 
 def run(job: Job) -> Outcome:
     """Returns the outcome of GPTQ in the order `job.method`."""
+    # Its thread pool wants two workers, whatever the number of cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
 
     options = ORDERS[job.method]
