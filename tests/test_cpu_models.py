@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from lowbit.nn.stored import StoredWeight
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native kernels")
 
 
+def few_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS[:1, :4], use_cache=False).logits
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_gives_the_logits_of_its_decoded_weights(
@@ -30,7 +37,7 @@ def test_every_family_gives_the_logits_of_its_decoded_weights(
     model = load(tmp_path / "saved", dtype=dtype)
     stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
     assert all(module.operand.backend == "cpu" for module in stored if module.multiplies)
-    found = logits(model)
+    found, few = logits(model), few_logits(model)
     model.save_pretrained(tmp_path / "again")
     before, after = tensors(tmp_path / "saved"), tensors(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -41,7 +48,9 @@ def test_every_family_gives_the_logits_of_its_decoded_weights(
     expected = logits(model)
     limit = 2e-3 if dtype == torch.float32 else 3e-2
     assert float((found - expected).norm() / expected.norm()) < limit
-    assert not torch.equal(found, expected)  # else the kernels did not run
+    # A few tokens never decode the weight first, on any instruction set: equal logits would mean
+    # that no kernel ran.
+    assert not torch.equal(few, few_logits(model))
 
 
 def test_generating_with_int8_activations(tmp_path: Path) -> None:
