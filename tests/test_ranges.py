@@ -135,6 +135,21 @@ def test_a_run_stores_the_scale_of_what_layers_saw(
         assert torch.equal(held_scale, tensors[f"{name}.input_scale"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_survive_loading_and_saving(
+    dtype: torch.dtype, tmp_path: Path, token_file: str
+) -> None:
+    tensors = quantized(tmp_path, token_file, algorithm="rtn")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    scales = [name for name in tensors if name.endswith("_scale")]
+    assert len(scales) == 2 * 21
+    for name in scales:
+        assert again[name].dtype == tensors[name].dtype
+        assert torch.equal(again[name], tensors[name])
+
+
 @pytest.mark.parametrize("parts", range(5))
 def test_resume_is_bit_identical(
     parts: int, tmp_path: Path, token_file: str, monkeypatch: pytest.MonkeyPatch
