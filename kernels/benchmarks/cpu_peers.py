@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +86,18 @@ def _int8pack(inputs: Inputs, settings: Settings) -> Candidate:
 def _onednn_int8(inputs: Inputs, settings: Settings) -> Candidate:
     """`quantized.linear_dynamic` with oneDNN: 8-bit activations with one scale for all tokens."""
     codes, scale = _per_channel(inputs.weight)
-    torch.backends.quantized.engine = "onednn"
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     decoded = codes.float() * scale[:, None]
-    quantized = torch.quantize_per_channel(decoded, scale.double(), zeros, 0, torch.qint8)
-    prepack = torch.ops.quantized.linear_prepack
-    held = [prepack(quantized, None) for _ in range(inputs.copies(codes.nbytes))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the only way to such a weight is to go away one day
+        quantized = torch.quantize_per_channel(decoded, scale.double(), zeros, 0, torch.qint8)
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn"  # a packed weight remembers it
+    try:
+        prepack = torch.ops.quantized.linear_prepack
+        held = [prepack(quantized, None) for _ in range(inputs.copies(codes.nbytes))]
+    finally:
+        torch.backends.quantized.engine = before
 
     def bind(x: Tensor, threads: int) -> Sequence[Call]:
         multiply, wide = torch.ops.quantized.linear_dynamic, x.float()
