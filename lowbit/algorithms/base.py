@@ -23,6 +23,9 @@ class Statistics:
         hessian: float32 `[in_features, in_features]`, the mean of x x^T over tokens.
         tokens: input vectors that were counted.
         dropped: input vectors left out because a value was not finite.
+        cross: float32 `[in_features, in_features]`, the mean of x_ref x^T, where x_ref is what the
+            layer receives in the full-precision model for the same token; None where the run does
+            not keep that model's activations beside its own.
         input_scale: float32 `[1]`, for rounding all inputs to int8, where a scheme stores it.
             Algorithms choose weights and leave it alone.
     """
@@ -30,6 +33,7 @@ class Statistics:
     hessian: Tensor
     tokens: int
     dropped: int = 0
+    cross: Tensor | None = None
     input_scale: Tensor | None = None
 
 

@@ -1,0 +1,1 @@
+"""What changes a block as a whole: folds before its weights are quantized, tuning afterwards."""
