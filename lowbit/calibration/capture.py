@@ -8,6 +8,7 @@ the tensor, so no table per model family has to be kept true.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,41 @@ def input_groups(run: Callable[[], Any], modules: Mapping[str, nn.Module]) -> li
     return groups
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A layer of the full-precision model, beside which the quantized one is measured.
+
+    Args:
+        run: runs that model's forward pass on the batch of the given index.
+        module: the layer in it.
+    """
+
+    run: Callable[[int], Any]
+    module: nn.Module
+
+
+def layer_input(run: Callable[[int], Any], module: nn.Module, batch: int) -> Tensor | None:
+    """Returns what reaches `module` when `run` runs batch `batch`, None if nothing does.
+
+    The pass is stopped there.
+    """
+    seen: list[Tensor] = []
+
+    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise StopForwardError
+
+    handle = module.register_forward_pre_hook(observe)
+    try:
+        with torch.no_grad():
+            run(batch)
+    except StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
 def collect_statistics(
     run: Callable[[int], Any],
     batches: int,
@@ -64,6 +100,7 @@ def collect_statistics(
     in_features: int,
     name: str,
     with_range: bool = False,
+    reference: Reference | None = None,
 ) -> Statistics:
     """Returns the statistics of everything that reaches `module`.
 
@@ -74,32 +111,27 @@ def collect_statistics(
         in_features: width of its input.
         name: its full name, for the error if its inputs are not finite.
         with_range: also choose an `input_scale`.
+        reference: the same layer in the full-precision model, run batch by batch beside this one;
+            gives `Statistics.cross`.
     """
     accumulator: HessianAccumulator | None = None
     inputs = InputRange() if with_range else None
-
-    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal accumulator
+    try:
+        for batch in range(batches):
+            x = layer_input(run, module, batch)
+            if x is None:
+                continue
+            other = None
+            if reference is not None:
+                other = layer_input(reference.run, reference.module, batch)
+                other = x.new_empty(0) if other is None else other
+            if accumulator is None:
+                accumulator = HessianAccumulator(in_features, x.device)
+            accumulator.add(x, other)
+            if inputs is not None:
+                inputs.add(x)
         if accumulator is None:
-            accumulator = HessianAccumulator(in_features, args[0].device)
-        accumulator.add(args[0])
-        if inputs is not None:
-            inputs.add(args[0])
-        raise StopForwardError
-
-    handle = module.register_forward_pre_hook(observe)
-    try:
-        with torch.no_grad():
-            for batch in range(batches):
-                try:
-                    run(batch)
-                except StopForwardError:
-                    continue
-    finally:
-        handle.remove()
-    if accumulator is None:
-        raise AssertionError(f"{name} was not called")
-    try:
+            raise AssertionError(f"{name} was not called")
         statistics = accumulator.statistics()
     except LowbitError as error:
         raise LowbitError(f"{name}: {error}") from error

@@ -74,9 +74,17 @@ class Journal:
             file.unlink()
         return journal
 
-    def finish_part(self, name: str, file: Path, modules: dict[str, Any]) -> None:
-        """Records that the durable shard `file` completes part `name`."""
-        self.parts[name] = {"file": file.name, "sha256": file_digest(file), "modules": modules}
+    def finish_part(self, name: str, file: Path, modules: dict[str, Any], **whole: Any) -> None:
+        """Records that the durable shard `file` completes part `name`.
+
+        Args:
+            name: of the part.
+            file: the shard.
+            modules: module name -> report.
+            **whole: what is to be recorded of the part as a whole, JSON values.
+        """
+        digest = file_digest(file)
+        self.parts[name] = {"file": file.name, "sha256": digest, "modules": modules, **whole}
         self._write()
 
     def remove(self) -> None:

@@ -32,6 +32,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantize_embeddings: also the input embedding, with a head that is tied to it.
         algorithm: for quantizing while loading; one that needs no calibration data.
         algorithm_options: its options.
+        recipe: what else was done, recorded by `lowbit quantize` (see `Recipe.surroundings`).
         **stored: what a saved config has besides: `quant_method`, `format_version`, the keys
             derived from `scheme`, `status` and `manifest`.
 
@@ -48,6 +49,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantize_embeddings: bool = False,
         algorithm: str = "rtn",
         algorithm_options: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
         **stored: Any,
     ) -> None:
         _require_readable(stored)
@@ -67,6 +69,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quantize_embeddings = quantize_embeddings
         self.algorithm = algorithm
         self.algorithm_options = dict(algorithm_options or {})
+        self.recipe = dict(recipe) if recipe else None
         self.manifest = stored.get("manifest")
         self.selection()  # checks the regexes
         for key, value in _derived(parsed).items():
@@ -117,10 +120,11 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return algorithm
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form; `manifest` only where there is one."""
+        """Returns the JSON form; `manifest` and `recipe` only where there is one."""
         values: dict[str, Any] = super().to_dict()
-        if values["manifest"] is None:
-            del values["manifest"]
+        for key in ("manifest", "recipe"):
+            if values[key] is None:
+                del values[key]
         return values
 
 

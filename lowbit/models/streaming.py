@@ -219,9 +219,7 @@ class StreamedDecoder:
         """Returns the loaded block `index`'s output `[batch, seqlen, hidden]` for one batch."""
         call = activations.calls[batch][index]
         with torch.no_grad():
-            returned = self.layers[index](activations.hidden[batch], *call.args, **call.kwargs)
-        hidden: Tensor = returned[0] if isinstance(returned, tuple) else returned
-        return hidden
+            return call_block(self.layers[index], activations.hidden[batch], call)
 
     def run_tail(self, activations: Activations, batch: int) -> None:
         """Runs what follows the blocks on one batch's hidden states, up to a hook that stops it.
@@ -238,6 +236,13 @@ class StreamedDecoder:
         placeholder = hidden.new_zeros(*hidden.shape[:-1], width)
         with self._replaced_forwards(inject):
             self._forward(inputs_embeds=placeholder)
+
+
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Returns the output of a loaded `block`, or of a copy of one, for `hidden`, shaped like it."""
+    returned = block(hidden, *call.args, **call.kwargs)
+    output: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return output
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.algorithms import Algorithm
 from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
 from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
@@ -24,6 +23,7 @@ from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
 from lowbit.progress import RunProgress
+from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 
 # Tokens that go through a block at once: enough to fill a matmul, small beside a block's weights.
@@ -55,7 +55,7 @@ class Plan:
     Args:
         decoder: the streamed source.
         selected: module name -> scheme.
-        algorithm: chooses codes.
+        recipe: what is done to each block.
         tokens: calibration windows, None to run nothing.
         config: what `config.json` will say.
         directory: the output.
@@ -63,7 +63,7 @@ class Plan:
 
     decoder: StreamedDecoder
     selected: dict[str, Scheme]
-    algorithm: Algorithm
+    recipe: Recipe
     tokens: CalibrationTokens | None
     config: LowbitConfig
     directory: Path
@@ -86,7 +86,7 @@ class Plan:
     def _run(self, journal: Journal, bar: RunProgress) -> None:
         """Does what is not done yet, then makes the directory valid."""
         run = QuantizationRun(
-            self.decoder, self.selected, self.algorithm, self._batches(), journal, bar
+            self.decoder, self.selected, self.recipe, self._batches(), journal, bar
         )
         files = run.execute(sentinel_key(self.selected))
         write_index(self.directory, files)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.algorithms import Algorithm, algorithm_options, make_algorithm
+from lowbit.algorithms import Algorithm
 from lowbit.calibration.tokens import TOKEN_SUFFIXES, CalibrationTokens, load_calibration
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import refuse_occupied, threads_of_run
@@ -18,6 +18,7 @@ from lowbit.models.foreign import FOREIGN_ERRORS, one_line
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
+from lowbit.recipe import Recipe, make_recipe
 from lowbit.scheme import Scheme
 
 
@@ -26,7 +27,8 @@ def quantize(
     output: str | Path,
     *,
     scheme: str | Scheme = "W4A16_G64",
-    algorithm: str | Algorithm = "gptq",
+    algorithm: str | Algorithm | None = None,
+    quality: str | Recipe | None = None,
     calibration: str | Path | None = None,
     samples: int = 128,
     seqlen: int = 512,
@@ -45,7 +47,9 @@ def quantize(
         model: directory of a Hugging Face decoder in safetensors, or the name of one on the hub.
         output: directory to write, new or empty.
         scheme: for every linear layer of the decoder blocks, for example "W4A16_G64".
-        algorithm: "gptq", "rtn", or an instance with options, for example `GPTQ(act_order=False)`.
+        algorithm: "gptq" (where neither it nor `quality` is given), "rtn", or an instance with
+            options, for example `GPTQ(act_order=False)`; nothing else is done then.
+        quality: instead of `algorithm`, a recipe: "fast", "balanced", "best", or a `Recipe`.
         calibration: text file, JSONL, data set name, or a .safetensors / .npy file of token ids.
             Required by "gptq" and by schemes with static activations; "rtn" then weighs its
             scale search by it.
@@ -63,23 +67,26 @@ def quantize(
     Raises:
         LowbitError: bad input; nothing has been written unless the message says so.
     """
-    chosen = make_algorithm(algorithm)
+    recipe = make_recipe(algorithm, quality)
     config = LowbitConfig(
         scheme=scheme,
         dynamic=dynamic,
         modules_to_not_convert=modules_to_not_convert,
         quantize_lm_head=quantize_lm_head,
         quantize_embeddings=quantize_embeddings,
-        algorithm=chosen.name,
-        algorithm_options=algorithm_options(chosen),
+        algorithm=recipe.algorithm.name,
+        algorithm_options=recipe.algorithm_options(),
+        recipe=recipe.surroundings(),
     )
     directory, where = Path(output), choose_device(device)
     checkpoint = Checkpoint.open(local_directory(model))
     _check_places(checkpoint, directory, resume)
-    if chosen.needs_statistics and calibration is None:
+    if recipe.needs_data and calibration is None:
+        what = f"quality {quality}" if isinstance(quality, str) else "the recipe"
+        what = f"algorithm {recipe.algorithm.name}" if quality is None else what
         raise LowbitError(
-            f"algorithm {chosen.name} needs calibration data; give a text, JSONL or token file, or "
-            "use rtn, which needs none"
+            f"{what} needs calibration data; give a text, JSONL or token file (--calibration), or "
+            "use algorithm rtn, which needs none"
         )
     if config.needs_activation_scales and calibration is None:
         raise LowbitError(
@@ -92,7 +99,7 @@ def quantize(
     tokens = None
     if calibration is not None:
         tokens = _calibration_tokens(decoder, str(calibration), samples, seqlen, seed)
-    plan = Plan(decoder, selected, chosen, tokens, config, directory)
+    plan = Plan(decoder, selected, recipe, tokens, config, directory)
     with threads_of_run(directory):
         return plan.execute(resume, progress)
 

@@ -5,19 +5,19 @@ The pieces are the modules outside the blocks, each block, and an output project
 tied. Within a piece, linears that share an input are quantized together, and statistics for the
 next group are taken with the earlier groups already quantized (true sequential order, GPTQ
 appendix of the public implementations). Where no statistics are wanted, nothing is run at all.
+
+What the recipe does to a block as a whole comes before its first group and after its last one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.algorithms import Algorithm, make_algorithm
+from lowbit.algorithms import make_algorithm
 from lowbit.algorithms.base import Statistics
 from lowbit.calibration.capture import collect_statistics, input_groups
 from lowbit.checkpoint.journal import Journal
@@ -25,29 +25,16 @@ from lowbit.checkpoint.reader import read_header, read_quantized
 from lowbit.checkpoint.writer import ShardWriter
 from lowbit.errors import LowbitError
 from lowbit.memory import release_freed_memory
-from lowbit.models.streaming import Activations, StreamedDecoder
+from lowbit.models.streaming import StreamedDecoder, call_block
 from lowbit.nn.replace import weight_is_transposed, weight_shape
 from lowbit.pipeline.output import shard_name
+from lowbit.pipeline.pieces import OpenPiece, Piece, plan_pieces
+from lowbit.pipeline.streams import Streams
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight
+from lowbit.recipe import Recipe
 from lowbit.scheme import INT8_STATIC, Scheme
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the decoder that is loaded, quantized and written as a whole.
-
-    Args:
-        name: its name in the journal and the manifest.
-        targets: the parameters that belong to it.
-        modules: name -> scheme of what is quantized in it, in the model's order.
-        block: the index of the block, None outside the blocks.
-    """
-
-    name: str
-    targets: list[str]
-    modules: dict[str, Scheme]
-    block: int | None = None
+from lowbit.tuning.view import BlockView
 
 
 class QuantizationRun:
@@ -56,7 +43,7 @@ class QuantizationRun:
     Args:
         decoder: the streamed model.
         selected: module name -> scheme.
-        algorithm: chooses codes.
+        recipe: what is done to each block.
         batches: calibration tokens, int64 `[batch, seqlen]` each; empty to run nothing.
         journal: what is finished; its directory receives the shards.
         progress: told about blocks, layers and losses.
@@ -66,16 +53,16 @@ class QuantizationRun:
         self,
         decoder: StreamedDecoder,
         selected: dict[str, Scheme],
-        algorithm: Algorithm,
+        recipe: Recipe,
         batches: list[Tensor],
         journal: Journal,
         progress: RunProgress,
     ) -> None:
-        self.decoder, self.selected, self.algorithm = decoder, selected, algorithm
+        self.decoder, self.selected, self.recipe = decoder, selected, recipe
         self.batches, self.journal, self.progress = batches, journal, progress
         self.pieces = plan_pieces(decoder, selected)
         self.sentinel: str | None = None
-        self._activations: Activations | None = None
+        self._streams = Streams(decoder, batches, recipe.keeps_reference)
         self._last_loss: float | int | str | None = None
         # Embeddings are looked up, not multiplied: their inputs have no Hessian.
         self._data_free = make_algorithm("rtn")
@@ -99,12 +86,13 @@ class QuantizationRun:
                 self.progress.advance(self._weights(piece))
                 continue
             self._load(piece)
+            self._streams.observe(piece.block)
             if finished:
                 self._restore(piece)
             else:
                 self._quantize_piece(piece, index)
             if propagate:
-                self._propagate(piece)
+                self._streams.advance(piece.block)
             self._free(piece)
             release_freed_memory()
         return [self.journal.parts[piece.name]["file"] for piece in self.pieces]
@@ -133,25 +121,86 @@ class QuantizationRun:
             f"{name}.{key}" for name, scheme in piece.modules.items() for key in _all_keys(scheme)
         ]
         bound = ShardWriter.header_bound([*piece.targets, *specs, self.sentinel or ""])
-        reports: dict[str, Any] = {}
-        done: set[str] = set()
+        state = OpenPiece()
         with ShardWriter(file, bound) as writer:
             if index == 0 and self.sentinel:
                 writer.add(self.sentinel, torch.empty(0, dtype=torch.uint8))
+            self._fold(piece, state)
+            tuned = self.recipe.tuning is not None and self._is_whole_block(piece)
             for group, statistics in self._groups(piece):
                 for name in group:
                     self._describe(piece, name.removeprefix(piece.name + "."))
-                    reports[name] = self._quantize_module(
-                        name, piece.modules[name], statistics, writer
-                    )
-                    done.add(f"{name}.weight")
+                    self._quantize_module(piece, name, statistics, state)
+                    if not tuned:
+                        self._write_module(name, state, writer)
+            if tuned:
+                self._tune(piece, state)
+                for name in piece.modules:
+                    self._write_module(name, state, writer)
             for target in piece.targets:
-                if target not in done:
-                    writer.add(target, self.decoder.original(target))
-        ordered = {name: reports[name] for name in piece.modules}
-        self.journal.finish_part(piece.name, file, ordered)
-        rest = self._weights(piece) - sum(report["weights"] for report in reports.values())
+                if target.removesuffix(".weight") not in piece.modules:
+                    changed = target in state.changed
+                    writer.add(
+                        target, self._stored(target) if changed else self.decoder.original(target)
+                    )
+        ordered = {name: state.reports[name] for name in piece.modules}
+        self.journal.finish_part(piece.name, file, ordered, **state.whole)
+        rest = self._weights(piece) - sum(report["weights"] for report in ordered.values())
         self.progress.advance(max(rest, 0))
+
+    def _is_whole_block(self, piece: Piece) -> bool:
+        """Returns whether steps that work on whole blocks apply to `piece`."""
+        return piece.block is not None and bool(piece.modules) and bool(self.batches)
+
+    def _fold(self, piece: Piece, state: OpenPiece) -> None:
+        """Lets the recipe fold a block, and keeps a copy of it where one is needed."""
+        if not self._is_whole_block(piece) or not self.recipe.keeps_reference:
+            return
+        assert piece.block is not None
+        if self.recipe.fold is not None:
+            self._describe(piece, self.recipe.fold.name)
+            report = self.recipe.fold.fold(self._view(piece))
+            state.changed |= set(report["changed"])
+            state.whole["fold"] = report
+            self._round_changed(piece, state)
+        if self.recipe.mismatch:
+            self._streams.keep_block(piece.block)
+
+    def _tune(self, piece: Piece, state: OpenPiece) -> None:
+        """Lets the recipe improve the quantized block, and puts the outcome in place."""
+        assert self.recipe.tuning is not None
+        self._describe(piece, self.recipe.tuning.name)
+        tuned = self.recipe.tuning.tune(self._view(piece), state.weights, state.results)
+        state.results = tuned.modules
+        state.changed |= set(tuned.changed)
+        state.whole["tuning"] = tuned.report
+        self._round_changed(piece, state)
+        for name in piece.modules:
+            _set_weight(self._module(name), _qweight(name, state))
+
+    def _view(self, piece: Piece) -> BlockView:
+        assert piece.block is not None
+        block, module = piece.block, self.decoder.layers[piece.block]
+
+        def forward(hidden: Tensor, batch: int) -> Tensor:
+            return call_block(module, hidden, self._streams.call(block, batch))
+
+        inputs, targets = self._streams.inputs.hidden, self._streams.targets
+        return BlockView(piece.name, module, piece.modules, list(inputs), list(targets), forward)
+
+    def _round_changed(self, piece: Piece, state: OpenPiece) -> None:
+        """Rounds changed parameters that are not quantized to what the checkpoint stores."""
+        state.whole["changed"] = sorted(state.changed)
+        for target in piece.targets:
+            if target in state.changed and target.removesuffix(".weight") not in piece.modules:
+                parameter = self.decoder.model.get_parameter(target)
+                parameter.data = self._stored(target).to(parameter)
+
+    def _stored(self, target: str) -> Tensor:
+        """Returns the parameter `target` as it is now, in the dtype of the checkpoint."""
+        dtype = self.decoder.sources[target].entries[0].dtype
+        parameter: Tensor = self.decoder.model.get_parameter(target)
+        return parameter.detach().to(dtype)
 
     def _groups(self, piece: Piece) -> Iterator[tuple[list[str], Statistics | None]]:
         """Yields the modules that are quantized together, with the statistics of their input."""
@@ -162,64 +211,77 @@ class QuantizationRun:
         if not self.batches or not linears:
             yield from (([name], None) for name in linears)
             return
-        run = self._runner(piece)
+        run = self._streams.runner(piece.block)
         self._describe(piece, "measuring")
         groups = input_groups(lambda: run(0), linears)
         for group in groups:
             module = linears[group[0]]
             self._describe(piece, "measuring")
             static = any(piece.modules[name].activations == INT8_STATIC for name in group)
+            reference = None
+            if self.recipe.mismatch:
+                reference = self._streams.reference(group[0], piece.block)
+            width = weight_shape(module)[1]
             statistics = collect_statistics(
-                run, len(self.batches), module, weight_shape(module)[1], group[0], static
+                run, len(self.batches), module, width, group[0], static, reference
             )
             yield group, statistics
         called = {name for group in groups for name in group}
         yield from (([name], None) for name in linears if name not in called)
 
-    def _runner(self, piece: Piece) -> Callable[[int], Any]:
-        activations = self._require_activations()
-        if piece.block is None:
-            return lambda batch: self.decoder.run_tail(activations, batch)
-        block = piece.block
-        return lambda batch: self.decoder.run_block(block, activations, batch)
-
     def _quantize_module(
-        self, name: str, scheme: Scheme, statistics: Statistics | None, writer: ShardWriter
-    ) -> dict[str, Any]:
-        """Quantizes one module, appends its tensors, puts the decoded weight in place."""
-        module = self._module(name)
-        # As stored: the loaded copy may have been rounded to the dtype of computation.
-        weight = self.decoder.original(f"{name}.weight").to(self.decoder.device)
-        weight = weight.T if weight_is_transposed(module) else weight
-        algorithm = self.algorithm
+        self, piece: Piece, name: str, statistics: Statistics | None, state: OpenPiece
+    ) -> None:
+        """Quantizes one module and puts the decoded weight in place."""
+        module, scheme = self._module(name), piece.modules[name]
+        weight = self._float_weight(name, state)
+        algorithm = self.recipe.algorithm
         report: dict[str, float | str] = {}
         if algorithm.needs_statistics and statistics is None:
             algorithm = self._data_free
             if not isinstance(module, nn.Embedding):
                 report["fallback"] = "rtn: calibration never reached this layer"
         result = algorithm.quantize(weight, scheme, statistics)
-        input_scale = None
         if scheme.activations == INT8_STATIC:
-            input_scale = _input_scale(name, statistics)
-            report["input_scale"] = float(input_scale)
-        qweight = QuantizedWeight.from_codes(result.codes, result.grid, input_scale)
-        for suffix, tensor in qweight.tensors().items():
-            writer.add(f"{name}.{suffix}", tensor)
+            state.input_scales[name] = _input_scale(name, statistics)
+            report["input_scale"] = float(state.input_scales[name])
+        state.results[name] = result
+        if self.recipe.tuning is not None:
+            state.weights[name] = weight
         if self.batches:
-            _set_weight(module, qweight)
+            _set_weight(module, _qweight(name, state))
         self.progress.advance(weight.numel())
         self._last_loss = result.report.get("loss")
-        return {
+        state.reports[name] = {
             "scheme": str(scheme),
             "algorithm": algorithm.name,
-            "shape": list(qweight.shape),
+            "shape": list(weight.shape),
             "weights": weight.numel(),
-            "stored_bytes": scheme.stored_bytes(qweight.shape),
+            "stored_bytes": scheme.stored_bytes((weight.shape[0], weight.shape[1])),
             **({"tokens": statistics.tokens} if statistics else {}),
             **({"dropped_tokens": statistics.dropped} if statistics and statistics.dropped else {}),
             **report,
             **result.report,
         }
+
+    def _float_weight(self, name: str, state: OpenPiece) -> Tensor:
+        """Returns the weight `[out_features, in_features]` that module `name` is to stand for.
+
+        As stored, for the loaded copy may have been rounded to the dtype of computation; what a
+        fold has changed exists only there.
+        """
+        module, target = self._module(name), f"{name}.weight"
+        if target in state.changed:
+            weight = _weight(module).detach().clone()
+        else:
+            weight = self.decoder.original(target).to(self.decoder.device)
+        return weight.T if weight_is_transposed(module) else weight
+
+    def _write_module(self, name: str, state: OpenPiece, writer: ShardWriter) -> None:
+        """Appends the tensors of a module, whose codes are then no longer needed."""
+        for suffix, tensor in _qweight(name, state).tensors().items():
+            writer.add(f"{name}.{suffix}", tensor)
+        del state.results[name]
 
     def _describe(self, piece: Piece, doing: str) -> None:
         """Shows block, layer and the loss of the layer before."""
@@ -235,22 +297,12 @@ class QuantizationRun:
         for name, scheme in piece.modules.items():
             module = self._module(name)
             _set_weight(module, read_quantized(entries, name, scheme, weight_shape(module)))
+        for target in self.journal.parts[piece.name].get("changed", ()):
+            if target in entries:
+                parameter = self.decoder.model.get_parameter(target)
+                parameter.data = entries[target].read().to(parameter)
         self._describe(piece, "finished before")
         self.progress.advance(self._weights(piece))
-
-    def _propagate(self, piece: Piece) -> None:
-        """Runs a quantized piece, so that the next one is measured on what it will really see."""
-        if piece.block is None:
-            self._activations = self.decoder.start(self.batches)
-            return
-        activations = self._require_activations()
-        for batch in range(len(self.batches)):
-            activations.hidden[batch] = self.decoder.run_block(piece.block, activations, batch)
-
-    def _require_activations(self) -> Activations:
-        if self._activations is None:
-            raise AssertionError("the pieces before this one did not run")
-        return self._activations
 
     def _free(self, piece: Piece) -> None:
         if piece.block is not None:
@@ -264,27 +316,6 @@ class QuantizationRun:
     def _module(self, name: str) -> nn.Module:
         module: nn.Module = self.decoder.model.get_submodule(name)
         return module
-
-
-def plan_pieces(decoder: StreamedDecoder, selected: dict[str, Scheme]) -> list[Piece]:
-    """Returns the pieces of a decoder in the order in which they are processed."""
-    head = decoder.head_name
-    blocks = [decoder.block_name(index) for index in range(len(decoder.layers))]
-    inside = {target for name in blocks for target in decoder.targets(name)}
-    head_targets = decoder.targets(head) if head else []
-    outside = [t for t in decoder.sources if t not in inside and t not in head_targets]
-    pieces = [Piece("outside", outside, _within(selected, {decoder.embedding_name}))]
-    for index, name in enumerate(blocks):
-        modules = {m: s for m, s in selected.items() if m.startswith(name + ".")}
-        pieces.append(Piece(name, decoder.targets(name), modules, index))
-    head_modules = _within(selected, {head} if head else set())
-    if head and (head_targets or head_modules):
-        pieces.append(Piece(head, head_targets, head_modules))
-    return pieces
-
-
-def _within(selected: dict[str, Scheme], names: set[str]) -> dict[str, Scheme]:
-    return {name: scheme for name, scheme in selected.items() if name in names}
 
 
 def _all_keys(scheme: Scheme) -> list[str]:
@@ -303,6 +334,11 @@ def _input_scale(name: str, statistics: Statistics | None) -> Tensor:
             "give more calibration text, or, with `dynamic`, a scheme without one, such as W8A8"
         )
     return statistics.input_scale.cpu()
+
+
+def _qweight(name: str, state: OpenPiece) -> QuantizedWeight:
+    result = state.results[name]
+    return QuantizedWeight.from_codes(result.codes, result.grid, state.input_scales.get(name))
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

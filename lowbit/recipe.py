@@ -1,0 +1,144 @@
+"""What is done to a decoder, block by block: the algorithm and everything around it.
+
+An `Algorithm` sees one matrix. What needs a whole block stands beside it in the recipe, each a
+frozen dataclass of options like an algorithm, and in this order:
+
+    fold        changes the block's float weights without changing what the block computes
+    algorithm   chooses codes, group of linears after group of linears
+    tuning      changes codes and grids until the block's output fits the full-precision block's
+    end_to_end  once all blocks are on disk: tunes what is stored against the logits
+
+`mismatch` gives algorithms `Statistics.cross`: what the full-precision model sends to each layer,
+beside what the layer receives. That, folds and tuning need the hidden states of the full-precision
+model, which the run then carries along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from lowbit.algorithms import GPTQ, Algorithm, algorithm_options, make_algorithm
+from lowbit.algorithms.base import Quantized
+from lowbit.errors import LowbitError, unknown_name
+from lowbit.tuning.view import BlockView
+
+
+class Fold(Protocol):
+    """Makes a block easier to quantize. Implementations are frozen dataclasses of options."""
+
+    name: ClassVar[str]
+
+    def fold(self, view: BlockView) -> dict[str, Any]:
+        """Changes float parameters of `view.module` in place; its outputs stay what they are.
+
+        Returns:
+            What the manifest records, JSON values. `"changed"` lists the full names of all
+            parameters that were changed: these are quantized, or stored, as they are now, and
+            everything else as the checkpoint has it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning makes of a block.
+
+    Args:
+        modules: full module name -> codes and grid, for every module that was given.
+        changed: full names of other parameters of the block that were changed in place.
+        report: what the manifest records, JSON values.
+    """
+
+    modules: dict[str, Quantized]
+    changed: tuple[str, ...]
+    report: dict[str, Any]
+
+
+class Tuning(Protocol):
+    """Improves a quantized block as a whole. Implementations are frozen dataclasses of options."""
+
+    name: ClassVar[str]
+
+    def tune(
+        self, view: BlockView, weights: dict[str, Tensor], modules: dict[str, Quantized]
+    ) -> Tuned:
+        """Returns other codes and grids, under which the block's output is no worse.
+
+        Args:
+            view: the block; weights of quantized modules are the decoded ones. They may be changed
+                at will: the run puts in what is returned.
+            weights: full module name -> the float weight `[out_features, in_features]` that was
+                quantized.
+            modules: full module name -> what the algorithm made of it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that is done to a decoder.
+
+    Args:
+        algorithm: chooses codes.
+        mismatch: give it `Statistics.cross`.
+        fold: changes each block beforehand.
+        tuning: improves each block afterwards.
+    """
+
+    algorithm: Algorithm
+    mismatch: bool = False
+    fold: Fold | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def keeps_reference(self) -> bool:
+        """True if a run carries the full-precision model's hidden states beside its own."""
+        return self.mismatch or self.fold is not None or self.tuning is not None
+
+    @property
+    def needs_data(self) -> bool:
+        """True if it cannot work without calibration data."""
+        return self.keeps_reference or self.algorithm.needs_statistics
+
+    def surroundings(self) -> dict[str, Any]:
+        """Returns the recipe without its algorithm, JSON values; empty if there is nothing else."""
+        content: dict[str, Any] = {"mismatch": True} if self.mismatch else {}
+        for part in ("fold", "tuning"):
+            step = getattr(self, part)
+            if step is not None:
+                options = {field.name: getattr(step, field.name) for field in fields(step)}
+                content[part] = {"name": step.name, **options}
+        return content
+
+    def algorithm_options(self) -> dict[str, Any]:
+        """Returns the options of the algorithm."""
+        return algorithm_options(self.algorithm)
+
+
+# How much a run may take for a better result; `docs/design/tuning.md` has what each gives.
+PRESETS: dict[str, Recipe] = {
+    "fast": Recipe(GPTQ()),
+}
+
+
+def make_recipe(algorithm: str | Algorithm | None, quality: str | Recipe | None) -> Recipe:
+    """Returns the recipe that a user chose by one of the two; GPTQ alone where neither is given.
+
+    Raises:
+        LowbitError: if both are given, or for an unknown name.
+    """
+    if algorithm is not None and quality is not None:
+        raise LowbitError(
+            "algorithm and quality are both given, but a quality chooses its own algorithm; "
+            "give one of them"
+        )
+    if isinstance(quality, Recipe):
+        return quality
+    if quality is None:
+        return Recipe(make_algorithm("gptq" if algorithm is None else algorithm))
+    if quality.lower() not in PRESETS:
+        raise unknown_name("quality", quality, PRESETS)
+    return PRESETS[quality.lower()]
