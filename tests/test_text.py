@@ -124,3 +124,22 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(LowbitError, match=r"cannot be read from the hub \(no\)") as caught:
         read_documents("owner/name")
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_is_read_by_name_as_text_or_messages(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    turns = [{"role": "user", "content": "hi", "weight": 1}]
+    path.write_text("\n".join(map(json.dumps, [{"text": "no", "body": "a"}, {"body": turns}])))
+    plain, chat = read_documents(str(path), "body")
+    assert (plain.text, plain.messages) == ("a", None)
+    assert (chat.text, chat.messages) == ("user: hi", ({"role": "user", "content": "hi"},))
+
+
+@pytest.mark.parametrize("source", ["pydoc", "corpus.txt"])
+def test_a_field_of_something_without_fields_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LowbitError, match="has no fields"):
+        read_documents(source, "body")

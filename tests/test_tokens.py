@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import struct
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from lowbit.calibration.text import Document
 from lowbit.calibration.tokens import TokenWindows, load_calibration, load_windows, token_digest
@@ -188,3 +193,132 @@ def test_digest_is_sha256_of_shape_and_little_endian_ids() -> None:
     expected = hashlib.sha256(b"1x3\n" + struct.pack("<3q", 5, 6, 7)).hexdigest()
     assert token_digest(torch.tensor([[5, 6, 7]])) == expected
     assert token_digest(torch.tensor([[5], [6], [7]])) != expected
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Earlier answers lose what they thought once a later turn follows, and the header of an answer
+# opens with a thought that finished answers lack: the habits of templates of reasoning models.
+THINKING = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and loop.last %}[?]{% endif %}"
+    "{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>[{% endif %}"
+)
+REWRITING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer whose ids are code points."""
+    vocabulary = {chr(code): code for code in range(128)}
+    inner = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token=chr(0)))
+    inner.pre_tokenizer = Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template)
+
+
+def write_chat(path: Path, *conversations: list[tuple[str, str]], field: str = "messages") -> str:
+    rows = [
+        {field: [{"role": role, "content": content} for role, content in turns]}
+        for turns in conversations
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+TURNS = [("user", "assistant"), ("assistant", " yes "), ("user", "yes?"), ("assistant", "no")]
+
+
+def characters(ids: torch.Tensor) -> str:
+    return "".join(map(chr, ids.flatten().tolist()))
+
+
+def test_conversations_go_through_the_template_and_are_laid_end_to_end(tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", TURNS, TURNS[:2])
+    windows = load_windows(source, chat_tokenizer(CHATML), 128, 10)
+    whole = "<user>assistant</><assistant>yes</><user>yes?</><assistant>no</>"
+    text = whole + "<user>assistant</><assistant>yes</>"
+    assert characters(windows.ids) == text[: len(text) // 10 * 10]
+    assert windows.templated
+    assert windows.mask is None
+    assert windows.document_of_token is not None
+    assert windows.document_of_token.flatten().tolist().index(1) == len(whole)
+
+
+def test_without_a_template_conversations_are_plain_text_and_that_is_recorded(
+    tmp_path: Path,
+) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", TURNS)
+    drawn = load_calibration(source, chat_tokenizer(None), 128, samples=1, seqlen=16, seed=0)
+    assert drawn.description["chat_template"] is False
+    (tmp_path / "plain.txt").write_text("x" * 40)
+    plain = load_calibration(str(tmp_path / "plain.txt"), chat_tokenizer(CHATML), 128, 1, 16, 0)
+    assert "chat_template" not in plain.description
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_the_loss_mask_marks_the_characters_of_answers_and_nothing_else(
+    tmp_path: Path, template: str
+) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", TURNS, TURNS[:2])
+    windows = load_windows(source, chat_tokenizer(template), 128, 2, loss_mask=True)
+    assert windows.mask is not None
+    assert characters(windows.ids[windows.mask]) == "yesnoyes"
+
+
+def test_windows_without_answers_are_not_drawn(tmp_path: Path) -> None:
+    turns = [("user", "q" * 100), ("assistant", "z" * 10)]
+    source = write_chat(tmp_path / "chat.jsonl", turns, turns)
+    tokenizer = chat_tokenizer(CHATML)
+    drawn = load_calibration(source, tokenizer, 128, 2, 20, 0, loss_mask=True)
+    assert drawn.mask is not None
+    assert drawn.mask.any(1).all()
+    assert drawn.counted == int((drawn.ids == ord("z")).sum())
+    with pytest.raises(LowbitError, match="with answers in them"):
+        load_calibration(source, tokenizer, 128, 5, 20, 0, loss_mask=True)
+    with_all = load_calibration(source, tokenizer, 128, 5, 20, 0)
+    assert with_all.counted == 5 * 20
+
+
+def test_the_text_field_is_selectable(tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", TURNS, field="turns")
+    tokenizer = chat_tokenizer(CHATML)
+    drawn = load_calibration(source, tokenizer, 128, 1, 8, 0, text_field="turns")
+    assert (drawn.description["text_field"], drawn.description["chat_template"]) == ("turns", True)
+    with pytest.raises(LowbitError, match=r'no field "body".*found turns'):
+        load_calibration(source, tokenizer, 128, 1, 8, 0, text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "needle"),
+    [
+        (None, TURNS, "needs the tokenizer's chat template"),
+        (REWRITING, TURNS, "rewrites turn 2"),
+        ("{{ raise_exception('roles must alternate') }}", TURNS, "refuses.*roles must alternate"),
+    ],
+)
+def test_a_mask_that_cannot_be_made_is_refused_in_one_sentence(
+    tmp_path: Path, template: str | None, turns: list[tuple[str, str]], needle: str
+) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", turns)
+    with pytest.raises(LowbitError, match=needle) as caught:
+        load_windows(source, chat_tokenizer(template), 128, 4, loss_mask=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_needs_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello there")
+    with pytest.raises(LowbitError, match="plain text, which has no answers"):
+        load_windows(str(tmp_path / "a.txt"), chat_tokenizer(CHATML), 128, 4, loss_mask=True)
+    np.save(tmp_path / "a.npy", np.zeros((2, 8), np.int32))
+    with pytest.raises(LowbitError, match="neither fields nor answers"):
+        load_windows(str(tmp_path / "a.npy"), None, 128, 4, loss_mask=True)
+
+
+def test_a_mask_changes_the_description_and_not_the_digest_of_the_ids(tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", [("user", "q"), ("assistant", "a" * 200)])
+    tokenizer = chat_tokenizer(CHATML)
+    masked = load_calibration(source, tokenizer, 128, 2, 100, 0, loss_mask=True)
+    plain = load_calibration(source, tokenizer, 128, 2, 100, 0)
+    assert masked.digest == plain.digest
+    assert masked.description["loss_mask"]["counted"] == masked.counted < plain.counted

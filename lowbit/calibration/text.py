@@ -3,7 +3,8 @@
 A source is a file, a name known here, or a data set on the hub:
 
     corpus.txt              one document, UTF-8
-    corpus.jsonl            one document a line: a "text" field, or chat "messages"
+    corpus.jsonl            one document a line: a "text" field, or chat "messages", or a field
+                            that the caller names and that holds either
     wikitext2               the test split of WikiText-2 (raw), joined by blank lines: one document
     pydoc                   CPython's own help topics, always at hand, one document a topic
     owner/name[:config[:split]]   the first rows of a hub data set, one document a row
@@ -26,12 +27,14 @@ from lowbit.errors import LowbitError
 
 NAMED_SOURCES = ("wikitext2", "pydoc")
 SEPARATOR = "\n\n"
+MESSAGE_KEYS = ("role", "content")
 
 # A hub data set is streamed and cut here: 128 calibration windows need a few hundred rows, and some
 # sets (C4) hold 300 GB.
 HUB_ROWS = 10_000
 
-FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".ndjson")
+ROW_SUFFIXES = (".jsonl", ".ndjson")
+FILE_SUFFIXES = (".txt", ".md", ".json", *ROW_SUFFIXES)
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(:(?P<split>[\w.-]+))?)?")
 
@@ -42,28 +45,38 @@ class Document:
 
     Args:
         name: the topic, the file's name, or its name and line ("corpus.jsonl:12").
-        text: the text itself, possibly blank.
+        text: the text itself, possibly blank; of a conversation, one "role: content" a line.
+        messages: of a conversation, its turns with "role" and "content"; None for plain text.
     """
 
     name: str
     text: str
+    messages: tuple[dict[str, str], ...] | None = None
 
 
-def read_documents(source: str) -> list[Document]:
+def read_documents(source: str, field: str | None = None) -> list[Document]:
     """Returns the documents of `source` in order; at least one of them is not blank.
 
     Args:
         source: a path or a name, see the head of this module. An existing file wins over a name.
+        field: of each row, the field that holds a text or a list of messages; None takes "text",
+            else "messages".
 
     Raises:
-        LowbitError: nothing is there, it is a folder, it is not UTF-8, it is empty, or `datasets`
-            or the network is missing.
+        LowbitError: nothing is there, it is a folder, it is not UTF-8, it is empty, it has no rows
+            with fields though one was named, or `datasets` or the network is missing.
     """
     path = Path(source)
     if path.is_dir():
         raise LowbitError(f"text {source!r} is a folder; give one .txt or .jsonl file")
+    rows_of_file = path.suffix.lower() in ROW_SUFFIXES
+    if field is not None and (source in NAMED_SOURCES or (path.is_file() and not rows_of_file)):
+        raise LowbitError(
+            f"text {source!r} has no fields, so there is no {field!r} in it; give JSONL or a hub "
+            "data set, or leave the field out"
+        )
     if path.is_file():
-        documents = _read_file(path)
+        documents = _read_file(path, field)
     elif source == "pydoc":
         documents = _read_pydoc()
     elif source == "wikitext2":
@@ -72,7 +85,8 @@ def read_documents(source: str) -> list[Document]:
     elif path.suffix.lower() not in FILE_SUFFIXES and (hub := _HUB_NAME.fullmatch(source)):
         rows = _stream_hub(hub["name"], hub["config"], hub["split"] or "train")
         documents = [
-            _document_of_row(row, f"{source}:{number}") for number, row in enumerate(rows, start=1)
+            _document_of_row(row, f"{source}:{number}", field)
+            for number, row in enumerate(rows, start=1)
         ]
     else:
         raise LowbitError(
@@ -103,9 +117,9 @@ def decode_utf8(path: Path) -> str:
         ) from error
 
 
-def _read_file(path: Path) -> list[Document]:
+def _read_file(path: Path, field: str | None) -> list[Document]:
     text = decode_utf8(path)
-    if path.suffix.lower() not in {".jsonl", ".ndjson"}:
+    if path.suffix.lower() not in ROW_SUFFIXES:
         return [Document(path.name, text)]
     documents = []
     # Not str.splitlines: JSON strings may hold U+2028 and other line breaks unescaped.
@@ -119,28 +133,33 @@ def _read_file(path: Path) -> list[Document]:
             raise LowbitError(
                 f"text {str(path)!r}: line {number} is not JSON ({error}); write one object a line"
             ) from error
-        documents.append(_document_of_row(row, where))
+        documents.append(_document_of_row(row, where, field))
     return documents
 
 
-def _document_of_row(row: Any, where: str) -> Document:
-    """Returns the document of one JSON object: its "text", or its "messages" as plain text."""
+def _document_of_row(row: Any, where: str, field: str | None) -> Document:
+    """Returns the document of one JSON object: a text, or the turns of a conversation."""
     fields: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
-    if isinstance(fields.get("text"), str):
-        return Document(where, fields["text"])
-    messages = fields.get("messages")
-    if isinstance(messages, list) and all(map(_is_message, messages)):
-        turns = (f"{message['role']}: {message['content']}" for message in messages)
-        return Document(where, "\n".join(turns))
-    raise LowbitError(
-        f'{where} has neither a string "text" nor a list "messages" of '
-        '{"role": ..., "content": ...} strings; add one of them'
-    )
+    for name in ("text", "messages") if field is None else (field,):
+        content = fields.get(name)
+        if isinstance(content, str):
+            return Document(where, content)
+        if isinstance(content, list) and content and all(map(_is_message, content)):
+            turns = tuple({key: message[key] for key in MESSAGE_KEYS} for message in content)
+            return Document(where, "\n".join(map("{role}: {content}".format_map, turns)), turns)
+    if field is None:
+        wanted = 'neither a string "text" nor a list "messages" of'
+        repair = "add one of them, or name the field"
+    else:
+        wanted = f'no field "{field}" with a string or a list of'
+        found = ", ".join(map(str, list(fields)[:6])) or "none"
+        repair = f"name another (found {found})"
+    raise LowbitError(f'{where} has {wanted} {{"role": ..., "content": ...}} strings; {repair}')
 
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
+        isinstance(message.get(key), str) for key in MESSAGE_KEYS
     )
 
 

@@ -5,8 +5,12 @@ lines and tokenised *once*, with the one BOS token that the tokenizer adds at th
 into windows of `seqlen` that do not overlap; the tail is dropped. Tokenising window by window
 instead would put a BOS into each and split words at their edges.
 
-A file of token ids is `.safetensors` (tensor `input_ids`) or `.npy`, integers `[rows, length]`.
-Each row is a document of its own and is cut by itself, so no window crosses a row.
+Conversations are rendered by the tokenizer's chat template and tokenised one by one (`chat.py`),
+then laid end to end and cut in the same way. A tokenizer without a template reads them as plain
+text, one "role: content" a line.
+
+Each row of a file of token ids (`token_files.py`) is a document of its own and is cut by itself, so
+no window crosses a row.
 """
 
 from __future__ import annotations
@@ -19,14 +23,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.calibration.chat import encode_conversation, has_template
 from lowbit.calibration.text import SEPARATOR, Document, read_documents
+from lowbit.calibration.token_files import TOKEN_SUFFIXES, read_token_rows
 from lowbit.errors import LowbitError
 
-TOKEN_SUFFIXES = (".safetensors", ".npy")
+__all__ = [
+    "TOKEN_SUFFIXES",
+    "CalibrationTokens",
+    "TokenWindows",
+    "Tokenizer",
+    "load_calibration",
+    "load_windows",
+    "token_digest",
+]
 
 
 class Tokenizer(Protocol):
@@ -49,12 +61,17 @@ class TokenWindows:
         document_of_token: int32 `[windows, seqlen]`, index into `documents`; None where a slow
             tokenizer cannot tell.
         tokens: tokens found in the source, the dropped tail included.
+        mask: bool `[windows, seqlen]`, True for the tokens of answers; None where all count alike.
+        templated: conversations were rendered by the tokenizer's chat template; None where there
+            are none.
     """
 
     ids: Tensor
     documents: tuple[str, ...]
     document_of_token: Tensor | None
     tokens: int
+    mask: Tensor | None = None
+    templated: bool | None = None
 
     @property
     def seqlen(self) -> int:
@@ -77,6 +94,8 @@ class TokenWindows:
             self.documents,
             None if origin is None else origin[:count],
             self.tokens,
+            None if self.mask is None else self.mask[:count],
+            self.templated,
         )
 
     @staticmethod
@@ -84,6 +103,9 @@ class TokenWindows:
         documents: Sequence[Document], tokenizer: Tokenizer, seqlen: int
     ) -> TokenWindows:
         """Returns the windows of `documents`, tokenised as one text."""
+        conversations = any(document.messages for document in documents)
+        if conversations and has_template(tokenizer):
+            return TokenWindows.from_conversations(documents, tokenizer, seqlen)
         text = SEPARATOR.join(document.text for document in documents)
         names = tuple(document.name for document in documents)
         several = len(documents) > 1
@@ -101,7 +123,50 @@ class TokenWindows:
             index = np.searchsorted(starts, first_characters, side="right") - 1
             origin = torch.from_numpy(index.astype(np.int32))
         return TokenWindows(
-            _cut(ids, seqlen), names, None if origin is None else _cut(origin, seqlen), ids.numel()
+            _cut(ids, seqlen),
+            names,
+            None if origin is None else _cut(origin, seqlen),
+            ids.numel(),
+            templated=False if conversations else None,
+        )
+
+    @staticmethod
+    def from_conversations(
+        documents: Sequence[Document], tokenizer: Tokenizer, seqlen: int, with_mask: bool = False
+    ) -> TokenWindows:
+        """Returns the windows of `documents`, tokenised one by one, conversations by template.
+
+        Args:
+            documents: conversations and, without a mask, plain texts among them.
+            tokenizer: has a chat template.
+            seqlen: tokens in a window.
+            with_mask: mark the tokens of answers.
+
+        Raises:
+            LowbitError: see `encode_conversation`; also for a mask without what it needs.
+        """
+        if with_mask:
+            _require_answers(documents, tokenizer)
+        ids: list[int] = []
+        answers: list[bool] = []
+        lengths = []
+        for document in documents:
+            if document.messages is None:
+                new, mask = list(tokenizer(document.text, verbose=False)["input_ids"]), None
+            else:
+                new, mask = encode_conversation(document, tokenizer, with_mask)
+            ids += new
+            answers += mask or []
+            lengths.append(len(new))
+        origin = torch.arange(len(documents), dtype=torch.int32)
+        origin = origin.repeat_interleave(torch.tensor(lengths))
+        return TokenWindows(
+            _cut(torch.tensor(ids, dtype=torch.int64), seqlen),
+            tuple(document.name for document in documents),
+            _cut(origin, seqlen),
+            len(ids),
+            _cut(torch.tensor(answers), seqlen) if with_mask else None,
+            templated=True,
         )
 
     @staticmethod
@@ -127,11 +192,18 @@ class CalibrationTokens:
         ids: int64 `[samples, seqlen]`.
         digest: SHA-256 of the shape and the ids, hexadecimal.
         description: what the manifest records: source, samples, seqlen, seed, tokens, windows.
+        mask: bool `[samples, seqlen]`, True for tokens that statistics count; None counts all.
     """
 
     ids: Tensor
     digest: str
     description: dict[str, Any]
+    mask: Tensor | None = None
+
+    @property
+    def counted(self) -> int:
+        """Tokens that statistics count."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
 def load_calibration(
@@ -141,6 +213,8 @@ def load_calibration(
     samples: int,
     seqlen: int,
     seed: int,
+    text_field: str | None = None,
+    loss_mask: bool = False,
 ) -> CalibrationTokens:
     """Returns `samples` windows of `source`, drawn without replacement.
 
@@ -151,6 +225,8 @@ def load_calibration(
         samples: windows to draw, at least 1.
         seqlen: tokens in a window, at least 2.
         seed: the same seed gives the same windows on every machine and NumPy version.
+        text_field: the field of JSONL or hub rows that holds a text or messages.
+        loss_mask: count only the answers of conversations; windows without any are not drawn.
 
     Raises:
         LowbitError: the source is unusable or holds too few tokens.
@@ -159,33 +235,56 @@ def load_calibration(
         raise LowbitError(f"calibration needs at least 1 sample, got {samples}")
     if seed < 0:
         raise LowbitError(f"calibration seed must not be negative, got {seed}")
-    windows = load_windows(source, tokenizer, vocab_size, seqlen)
-    if len(windows) < samples:
+    windows = load_windows(source, tokenizer, vocab_size, seqlen, text_field, loss_mask)
+    usable = torch.arange(len(windows))
+    if windows.mask is not None:
+        usable = windows.mask.any(1).nonzero().squeeze(1)
+    if len(usable) < samples:
+        answers = " with answers in them" if loss_mask else ""
         raise LowbitError(
             f"calibration needs {samples} windows of {seqlen} tokens ({samples * seqlen} tokens), "
-            f"but {source!r} holds {len(windows)} ({windows.tokens} tokens); lower the samples or "
-            "the sequence length, or give more text"
+            f"but {source!r} holds {len(usable)}{answers} ({windows.tokens} tokens); lower the "
+            "samples or the sequence length, or give more text"
         )
     # Sorting the raw 64-bit stream, which NumPy promises never to change; Generator.choice and
     # permutation carry no such promise.
-    order = np.argsort(np.random.PCG64(seed).random_raw(len(windows)), kind="stable")
-    ids = windows.ids[torch.from_numpy(order[:samples])].clone()
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(usable)), kind="stable")
+    drawn = usable[torch.from_numpy(order[:samples])]
+    ids = windows.ids[drawn].clone()
+    mask = None if windows.mask is None else windows.mask[drawn].clone()
     description = {
         "source": Path(source).name if Path(source).is_file() else source,
         "samples": samples,
         "seqlen": seqlen,
         "seed": seed,
-        "windows_available": len(windows),
+        "windows_available": len(usable),
         "tokens_available": windows.tokens,
         "documents": len(windows.documents),
+        **({"text_field": text_field} if text_field is not None else {}),
+        **({} if windows.templated is None else {"chat_template": windows.templated}),
     }
-    return CalibrationTokens(ids, token_digest(ids), description)
+    if mask is not None:
+        description["loss_mask"] = {"counted": int(mask.sum()), "digest": token_digest(mask)}
+    return CalibrationTokens(ids, token_digest(ids), description, mask)
 
 
 def load_windows(
-    source: str, tokenizer: Tokenizer | None, vocab_size: int, seqlen: int
+    source: str,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seqlen: int,
+    text_field: str | None = None,
+    loss_mask: bool = False,
 ) -> TokenWindows:
     """Returns every window of `source`, a text source or a file of token ids.
+
+    Args:
+        source: see `load_calibration`, as all arguments.
+        tokenizer: the model's own.
+        vocab_size: ids must be below it.
+        seqlen: tokens in a window.
+        text_field: the field of JSONL or hub rows.
+        loss_mask: mark the tokens of answers.
 
     Raises:
         LowbitError: the source is unusable, shorter than one window, or holds ids that the
@@ -194,20 +293,22 @@ def load_windows(
     if seqlen < 2:
         raise LowbitError(f"a window needs at least 2 tokens, got sequence length {seqlen}")
     if Path(source).suffix.lower() in TOKEN_SUFFIXES:
-        rows = _read_token_rows(Path(source))
-        if rows.shape[1] < seqlen:
+        if loss_mask or text_field is not None:
             raise LowbitError(
-                f"tokens {source!r}: rows of {rows.shape[1]} tokens are shorter than the sequence "
-                f"length {seqlen}; lower the sequence length"
+                f"tokens {source!r} have neither fields nor answers; leave the text field and the "
+                "loss mask out, or give JSONL"
             )
-        _check_vocabulary(rows, vocab_size, f"tokens {source!r}")
-        return TokenWindows.from_rows(rows, seqlen)
+        return _windows_of_token_file(Path(source), vocab_size, seqlen)
     if tokenizer is None:
         raise LowbitError(
             f"text {source!r} needs a tokenizer, but the model has none; give token ids instead "
             "(.safetensors with `input_ids`, or .npy, integers of shape [rows, length])"
         )
-    windows = TokenWindows.from_documents(read_documents(source), tokenizer, seqlen)
+    documents = read_documents(source, text_field)
+    if loss_mask:
+        windows = TokenWindows.from_conversations(documents, tokenizer, seqlen, with_mask=True)
+    else:
+        windows = TokenWindows.from_documents(documents, tokenizer, seqlen)
     if not len(windows):
         raise LowbitError(
             f"text {source!r} gives {windows.tokens} tokens, fewer than one window of {seqlen}; "
@@ -215,6 +316,37 @@ def load_windows(
         )
     _check_vocabulary(windows.ids, vocab_size, f"the tokenizer's ids of {source!r}")
     return windows
+
+
+def _windows_of_token_file(file: Path, vocab_size: int, seqlen: int) -> TokenWindows:
+    rows = read_token_rows(file)
+    if rows.shape[1] < seqlen:
+        raise LowbitError(
+            f"tokens {str(file)!r}: rows of {rows.shape[1]} tokens are shorter than the sequence "
+            f"length {seqlen}; lower the sequence length"
+        )
+    _check_vocabulary(rows, vocab_size, f"tokens {str(file)!r}")
+    return TokenWindows.from_rows(rows, seqlen)
+
+
+def _require_answers(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
+    """Refuses a loss mask where answers cannot be told from the rest."""
+    plain = next((document.name for document in documents if document.messages is None), None)
+    if plain is not None:
+        raise LowbitError(
+            f"{plain} is plain text, which has no answers to count; give chat messages, or leave "
+            "the loss mask out"
+        )
+    if not has_template(tokenizer):
+        raise LowbitError(
+            "the loss mask needs the tokenizer's chat template, and it has none; add "
+            "chat_template.jinja to the model's folder, or leave the loss mask out"
+        )
+    if not tokenizer.is_fast:
+        raise LowbitError(
+            "the loss mask needs a tokenizer that knows the characters of each token (a fast one, "
+            "tokenizer.json); leave the loss mask out"
+        )
 
 
 def token_digest(ids: Tensor) -> str:
@@ -228,46 +360,6 @@ def _cut(tokens: Tensor, seqlen: int) -> Tensor:
     """Returns `tokens` `[n]` as `[n // seqlen, seqlen]`, the tail dropped."""
     count = tokens.numel() // seqlen
     return tokens[: count * seqlen].view(count, seqlen)
-
-
-def _read_token_rows(path: Path) -> Tensor:
-    """Returns the int64 ids `[rows, length]` of a `.safetensors` or `.npy` file."""
-    name = f"tokens {str(path)!r}"
-    if not path.is_file():
-        raise LowbitError(f"{name}: no such file")
-    rows = _read_npy(path, name) if path.suffix.lower() == ".npy" else _read_tensor(path, name)
-    if not np.issubdtype(rows.dtype, np.integer) or rows.ndim != 2 or not rows.size:
-        raise LowbitError(
-            f"{name}: got {rows.dtype} of shape {list(rows.shape)}, needed integers (uint16, "
-            "int32 or int64) of shape [rows, length]"
-        )
-    if rows.dtype == np.uint64 and int(rows.max()) > np.iinfo(np.int64).max:
-        raise LowbitError(f"{name}: id {int(rows.max())} is no token id")
-    return torch.from_numpy(rows.astype(np.int64))
-
-
-def _read_npy(path: Path, name: str) -> NDArray[Any]:
-    try:
-        # A pickled array would run code on load; a mapped one is checked against the file's size.
-        rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise LowbitError(
-            f"{name} is not a plain .npy array of integers ({error}); pickled arrays are refused, "
-            "save with np.save(path, ids.astype(np.int32))"
-        ) from error
-    return rows
-
-
-def _read_tensor(path: Path, name: str) -> NDArray[Any]:
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            if "input_ids" in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                rows: NDArray[Any] = tensors.get_tensor("input_ids")
-                return rows
-            found = ", ".join(list(tensors.keys())[:4]) or "nothing"
-    except (SafetensorError, OSError, TypeError) as error:
-        raise LowbitError(f"{name} is not a readable safetensors file ({error})") from error
-    raise LowbitError(f"{name} holds no tensor `input_ids` (found {found}); rename it")
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int, name: str) -> None:
