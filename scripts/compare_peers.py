@@ -15,6 +15,8 @@ import argparse
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lowbit.errors import LowbitError, unknown_name
 from lowbit.hf.loading import quiet_libraries
 from lowbit.progress import RunProgress
 from scripts import command_line
-from scripts.peers.cases import Bench, Case, CaseFailedError, OurAlgorithm, list_cases
+from scripts.peers.cases import Bench, Case, CaseFailedError, OurRecipe, list_cases
 from scripts.peers.contenders import CONTENDERS, ENVIRONMENTS, PEERS
 from scripts.peers.environments import Ready, prepare
 from scripts.peers.outliers import FACTOR, SHARE, write_outlier_model
@@ -69,15 +71,21 @@ def run_cases(bench: Bench, cases: Sequence[Case], ledger: Ledger) -> list[dict[
         bar.stage("compare", len(pending))
         for case in pending:
             seed = "" if case.seed is None else f", seed {case.seed}"
-            bar.describe(f"{case.name}, {case.scheme}{seed}")
+            title = f"{case.name}, {case.scheme}{seed}"
+            bar.describe(title)
             labels = {
                 key: getattr(case, key) for key in ("size_class", "tool", "name", "scheme", "seed")
             }
             try:
-                ledger.add({"key": case.key, **labels, **bench.run(case)})
+                result = {"key": case.key, **labels, **bench.run(case)}
+                ledger.add(result)
+                outcome = "refused" if "refused" in result else "done"
             except CaseFailedError as error:
                 failures.append({**labels, "failed": str(error)})
+                outcome = "failed"
             bar.advance(1)
+            if not sys.stderr.isatty():  # no bar is seen: a log
+                print(f"{time.strftime('%H:%M:%S')} {title}: {outcome}", flush=True)
     return failures
 
 
@@ -201,10 +209,15 @@ def main() -> None:
     add(
         "--heldout",
         nargs="+",
-        default=[str(ASSETS / "books-4m-test.safetensors")],
-        help="text files or token ids to measure on; the first decides targets",
+        default=[str(ASSETS / "books-4m-test.safetensors"), "pydoc"],
+        help="text files, token ids or `pydoc` to measure on",
     )
-    add("--ours", nargs="+", default=["rtn", "gptq"], help="[label=]algorithm[:option=value,...]")
+    add(
+        "--ours",
+        nargs="+",
+        default=["rtn", "gptq"],
+        help="[label=]preset, or [label=]algorithm[:option=value,...]",
+    )
     add("--only", default=",".join(PEERS), help="tools to run, or `none`")
     add("--seeds", type=int, default=3, help="draws of calibration tokens: 0, 1, ...")
     add("--samples", type=int, default=128, help="calibration windows")
@@ -226,7 +239,7 @@ def _run(arguments: argparse.Namespace) -> None:
         vars(arguments).update(QUICK)
     if arguments.seeds < 1 or arguments.windows < 2:
         raise LowbitError("needed at least 1 seed and, for standard errors, 2 windows")
-    ours = [OurAlgorithm.parse(text) for text in arguments.ours]
+    ours = [OurRecipe.parse(text) for text in arguments.ours]
     peers = [] if arguments.only == "none" else arguments.only.split(",")
     for peer in peers:
         if peer not in PEERS:

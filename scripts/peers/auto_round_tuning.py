@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ def run(job: Job) -> Outcome:
 
     ids = job.input_ids()
     options = {"iters": job.options["iters"], "nsamples": len(ids), "seqlen": ids.shape[1]}
-    rows = [{"input_ids": row} for row in ids]
+    rows: Any = [{"input_ids": row} for row in ids]
     with tempfile.TemporaryDirectory() as folder:
         with Stopwatch() as watch:
             AutoRound(
@@ -35,7 +36,7 @@ def run(job: Job) -> Outcome:
                 **options,
             ).quantize_and_save(folder, format="auto_gptq")
         files = [file.parent for file in Path(folder).rglob("*.safetensors")]
-        return gptq_outcome(files[0], job, options, watch.seconds)
+        return gptq_outcome(files[0], job, options, watch)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +25,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lowbit import make_algorithm, quantize
-from lowbit.algorithms import Algorithm
+from lowbit.algorithms import ALGORITHMS
 from lowbit.calibration.tokens import CalibrationTokens, TokenWindows
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown_name
 from lowbit.nn.replace import restore_modules
+from lowbit.recipe import PRESETS, Recipe
 from scripts.peers.contenders import CONTENDERS, OUR_SCHEMES, Contender, Storage
-from scripts.peers.driver import REPORT, WEIGHTS, Job, quantized_linears, write_job
+from scripts.peers.driver import REPORT, WEIGHTS, Job, Stopwatch, quantized_linears, write_job
 from scripts.peers.environments import Ready
 from scripts.provenance import ROOT
 
 OURS = "lowbit"
+# What decides about codes and scales of ours; the rest of the package may change between runs.
+OUR_CODE = (
+    "lowbit/*.py",
+    *(f"lowbit/{part}/**/*.py" for part in ("algorithms", "calibration", "models", "pipeline")),
+    *(f"lowbit/{part}/**/*.py" for part in ("quant", "tuning")),
+)
 QUICK_ITERATIONS = 20
 
 
@@ -44,21 +50,32 @@ class CaseFailedError(Exception):
 
 
 @dataclass(frozen=True)
-class OurAlgorithm:
-    """An algorithm of `--ours`: its label in tables, and what `make_algorithm` made."""
+class OurRecipe:
+    """An entry of `--ours`: its label in tables, and everything that is done to the decoder."""
 
     label: str
-    algorithm: Algorithm
+    recipe: Recipe
 
     @staticmethod
-    def parse(text: str) -> OurAlgorithm:
-        """Returns the algorithm of `[label=]name[:option=value,...]`; values are JSON or words.
+    def parse(text: str) -> OurRecipe:
+        """Returns the recipe of `[label=]preset` or `[label=]algorithm[:option=value,...]`.
+
+        Values are JSON or words.
 
         Raises:
-            LowbitError: no such algorithm or option, or the text has another form.
+            LowbitError: no such preset, algorithm or option, or the text has another form.
         """
         head, _, rest = text.partition(":")
         label, named, name = head.rpartition("=")
+        shown = label if named else text
+        if name in PRESETS:
+            if rest:
+                raise LowbitError(
+                    f"--ours {text!r}: a preset has no options; give {name} alone, or an algorithm"
+                )
+            return OurRecipe(shown, PRESETS[name])
+        if name not in ALGORITHMS:
+            raise unknown_name("preset or algorithm", name, (*PRESETS, *ALGORITHMS))
         options: dict[str, Any] = {}
         for pair in filter(None, rest.split(",")):
             option, equals, value = pair.partition("=")
@@ -71,7 +88,15 @@ class OurAlgorithm:
                 options[option] = json.loads(value)
             except json.JSONDecodeError:
                 options[option] = value
-        return OurAlgorithm(label if named else text, make_algorithm(name, **options))
+        return OurRecipe(shown, Recipe(make_algorithm(name, **options)))
+
+    def content(self) -> dict[str, Any]:
+        """Returns the recipe as JSON values."""
+        algorithm = self.recipe.algorithm
+        return {
+            "algorithm": {"name": algorithm.name, **self.recipe.algorithm_options()},
+            **self.recipe.surroundings(),
+        }
 
 
 @dataclass(frozen=True)
@@ -85,31 +110,33 @@ class Case:
     seed: int | None
     contender: Contender | None = None
     storage: Storage | None = None
-    ours: OurAlgorithm | None = None
+    ours: OurRecipe | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What makes a stored result this case's: changed code or options are another case."""
         if self.ours is not None:
-            made = [repr(self.ours.algorithm), _digest_of("lowbit/**/*.py")]
+            made = [json.dumps(self.ours.content(), sort_keys=True, default=str)]
+            made += [digest_of(OUR_CODE)]
         else:
             assert self.contender is not None
             files = ("driver", self.contender.driver)
             made = [json.dumps(self.options, sort_keys=True)]
-            made += [_digest_of(f"scripts/peers/{file}.py") for file in files]
+            made += [digest_of([f"scripts/peers/{file}.py"]) for file in files]
         return "|".join([self.size_class, self.name, self.scheme, str(self.seed), *made])
 
 
-def _digest_of(pattern: str) -> str:
+def digest_of(patterns: Sequence[str]) -> str:
+    """Returns a digest of the files of the repository that match one of `patterns`."""
     digest = hashlib.sha256()
-    for file in sorted(ROOT.glob(pattern)):
+    for file in sorted(file for pattern in patterns for file in ROOT.glob(pattern)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def list_cases(
-    ours: Sequence[OurAlgorithm], peers: Sequence[str], seeds: int, quick: bool
+    ours: Sequence[OurRecipe], peers: Sequence[str], seeds: int, quick: bool
 ) -> list[Case]:
     """Returns the cases, all of the first seed before the second: a stopped run is still a table.
 
@@ -170,7 +197,7 @@ class Bench:
     Args:
         model: folder of the original.
         draws: calibration tokens of every seed.
-        tests: held-out windows by name; the first decides targets.
+        tests: held-out windows by name; rows are ranked by the first.
         environments: by name, ready or not.
         limit: seconds after which a peer's process is ended.
     """
@@ -213,18 +240,21 @@ class Bench:
     def _ours(self, case: Case, tokens: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
         assert case.ours is not None
         samples, seqlen = self.draws[0].ids.shape
-        start = time.perf_counter()
-        done = quantize(
-            self.model,
-            folder / "quantized",
-            scheme=case.scheme,
-            algorithm=case.ours.algorithm,
-            calibration=tokens,
-            samples=samples,
-            seqlen=seqlen,
-            progress=False,
-        )
-        seconds = time.perf_counter() - start
+        watch = Stopwatch()
+        try:
+            with watch:
+                done = quantize(
+                    self.model,
+                    folder / "quantized",
+                    scheme=case.scheme,
+                    quality=case.ours.recipe,
+                    calibration=tokens,
+                    samples=samples,
+                    seqlen=seqlen,
+                    progress=False,
+                )
+        except LowbitError as error:
+            return None, {"refused": str(error), "versions": {}}
         model = self.load(done.path)
         # The kernels' own rounding of activations is not what is compared.
         restore_modules(model, torch.float32)
@@ -233,8 +263,9 @@ class Bench:
             "weights": sum(m.weight.numel() for m in quantized_linears(self.original).values()),
             "bits_per_weight": bits,
             "stored_bits_per_weight": bits,
-            "options": {"algorithm": repr(case.ours.algorithm)},
-            "seconds": seconds,
+            "options": case.ours.content(),
+            "seconds": watch.seconds,
+            "cpu_seconds": watch.cpu_seconds,
             "versions": {},
         }
         return model, report

@@ -64,7 +64,8 @@ class Job:
 
     def input_ids(self) -> Tensor:
         """Returns the calibration tokens, int64 `[samples, seqlen]`."""
-        return load_file(self.tokens)["input_ids"].long()
+        ids: Tensor = load_file(self.tokens)["input_ids"]
+        return ids.long()
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> Any:
         """Returns the decoder on the CPU, in evaluation mode."""
@@ -76,6 +77,27 @@ class Job:
             return AutoModelForCausalLM.from_pretrained(self.model, torch_dtype=dtype).eval()
 
 
+class Stopwatch:
+    """Time spent inside `with` blocks, added up.
+
+    `seconds` are the clock's; `cpu_seconds` those that all threads of the process computed, which
+    other work on the machine does not change much.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        self._cpu_start = time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+        self.cpu_seconds += time.process_time() - self._cpu_start
+
+
 @dataclass
 class Outcome:
     """What a peer made of a job.
@@ -85,7 +107,7 @@ class Outcome:
         stored_bytes: of all tensors that the peer keeps for them.
         dense_bits: of codes at their nominal width, scales and zero points.
         options: everything that was not left at the peer's default.
-        seconds: of quantizing alone; loading and reading back are left out where that is possible.
+        watch: ran while quantizing; loading and reading back are left out where that is possible.
         changed: other tensors that the peer changed and the quantized weights belong to, by name:
             norms that took a scale over. They are not counted, their size is what it was.
     """
@@ -94,7 +116,7 @@ class Outcome:
     stored_bytes: int
     dense_bits: float
     options: dict[str, Any]
-    seconds: float
+    watch: Stopwatch
     changed: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -170,7 +192,7 @@ def gptq_dense_bits(tensors: dict[str, Tensor], name: str, job: Job) -> float:
 
 
 def gptq_outcome(
-    folder: Path, job: Job, options: dict[str, Any], seconds: float, zero_offset: int = 1
+    folder: Path, job: Job, options: dict[str, Any], watch: Stopwatch, zero_offset: int = 1
 ) -> Outcome:
     """Returns the outcome of a checkpoint in GPTQ's file format."""
     tensors = read_tensors(folder)
@@ -181,22 +203,8 @@ def gptq_outcome(
         stored_bytes=tensor_bytes(tensors.get(f"{n}.{part}") for n in names for part in parts),
         dense_bits=sum(gptq_dense_bits(tensors, name, job) for name in names),
         options=options,
-        seconds=seconds,
+        watch=watch,
     )
-
-
-class Stopwatch:
-    """Seconds spent inside `with` blocks, added up."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
 
 
 def parse_job() -> Job:
@@ -229,7 +237,8 @@ def report(job: Job, outcome: Outcome, packages: Sequence[str]) -> None:
         "stored_bits_per_weight": 8 * outcome.stored_bytes / count,
         "bits_per_weight": outcome.dense_bits / count,
         "options": outcome.options,
-        "seconds": outcome.seconds,
+        "seconds": outcome.watch.seconds,
+        "cpu_seconds": outcome.watch.cpu_seconds,
         "versions": versions(packages),
     }
     (job.output / REPORT).write_text(json.dumps(content, default=str))

@@ -39,7 +39,7 @@ def run(job: Job) -> Outcome:
         with Stopwatch() as watch:
             model.quantize(rows, batch_size=8)
         model.save(folder)
-        return gptq_outcome(Path(folder), job, options, watch.seconds)
+        return gptq_outcome(Path(folder), job, options, watch)
 
 
 def main() -> None:

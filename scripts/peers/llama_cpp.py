@@ -156,8 +156,8 @@ def run(job: Job) -> Outcome:
     """Returns the outcome of type `job.options["type"]`, with or without importance matrix."""
     kind, with_matrix = job.options["type"], job.options["imatrix"]
     model = job.load_model()
-    outcome = Outcome({}, 0, 0.0, dict(job.options), 0.0)
-    with Stopwatch() as watch:
+    outcome = Outcome({}, 0, 0.0, dict(job.options), Stopwatch())
+    with outcome.watch:
         matrix = importance(model, job.input_ids()) if with_matrix else {}
         ggml = Ggml(kind)
         for name, layer in quantized_linears(model).items():
@@ -165,7 +165,6 @@ def run(job: Job) -> Outcome:
             outcome.weights[f"{name}.weight"] = restored
             outcome.stored_bytes += size
     outcome.dense_bits = 8.0 * outcome.stored_bytes
-    outcome.seconds = watch.seconds
     archive = next((Path(sys.prefix) / "src" / "fetched").glob("*.tar.gz"))
     outcome.options["source"] = archive.name.removesuffix(".tar.gz")
     return outcome

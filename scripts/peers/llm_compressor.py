@@ -63,7 +63,8 @@ def decode(tensors: dict[str, Tensor], name: str, job: Job) -> Tensor:
     if packed_zeros is not None:
         zeros = unpack_from_int32(packed_zeros, job.bits, scales.shape, packed_dim=0)
         grouped = grouped - zeros.float()[:, :, None]
-    return (grouped * scales[:, :, None]).flatten(1)
+    weight: Tensor = (grouped * scales[:, :, None]).flatten(1)
+    return weight
 
 
 def leave_memory_unpinned() -> None:
@@ -111,7 +112,7 @@ def main() -> None:
             stored_bytes=tensor_bytes(tensors.get(f"{n}.{part}") for n in names for part in PARTS),
             dense_bits=count * job.bits + 8 * tensor_bytes(scales) + zeros,
             options={"method": job.method, **job.options},
-            seconds=watch.seconds,
+            watch=watch,
             changed={k: t for k, t in tensors.items() if k.rpartition(".")[2] not in PARTS},
         ),
         PACKAGES,

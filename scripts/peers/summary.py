@@ -29,15 +29,10 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(key, []).append(result)
     rows = [_row(found) for found in groups.values()]
     order = list(CLASSES)
-    first = {name: next(iter(row["tests"])) for name, row in enumerate(rows)}
-    ranked = sorted(
-        enumerate(rows),
-        key=lambda item: (
-            order.index(item[1]["size_class"]),
-            item[1]["tests"][first[item[0]]]["kl"],
-        ),
+    return sorted(
+        rows,
+        key=lambda row: (order.index(row["size_class"]), _kl(row, next(iter(row["tests"])))),
     )
-    return [row for _, row in ranked]
 
 
 def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -47,7 +42,7 @@ def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(found),
         **{
             key: statistics.fmean(result[key] for result in found)
-            for key in ("bits_per_weight", "stored_bits_per_weight", "seconds")
+            for key in ("bits_per_weight", "stored_bits_per_weight", "seconds", "cpu_seconds")
         },
         "tests": {test: _scores([r["tests"][test] for r in found]) for test in first["tests"]},
     }
@@ -93,10 +88,13 @@ def _verdict(rows: Sequence[dict[str, Any]], test: str, target: Target) -> dict[
         allowed = peer["bits_per_weight"] + SIZE_TOLERANCE
         fitting = [row for row in ours if row["bits_per_weight"] <= allowed]
         if not fitting:
-            smaller.append(peer["name"])
+            smaller.append(f"{peer['name']} {peer['scheme']}")
             continue
-        best = min(fitting, key=lambda row: row["tests"][test]["kl"])
-        pairs.append((best["tests"][test]["kl"] / peer["tests"][test]["kl"], best, peer))
+        best = min(fitting, key=lambda row: _kl(row, test))
+        ratio = _kl(best, test) / _kl(peer, test)
+        if target.time:
+            ratio = best["cpu_seconds"] / peer["cpu_seconds"]
+        pairs.append((ratio, best, peer))
     if not pairs:
         return {**verdict, "reason": f"all peers are smaller: {', '.join(smaller)}"}
     ratio, best, peer = max(pairs, key=lambda pair: pair[0])
@@ -104,10 +102,15 @@ def _verdict(rows: Sequence[dict[str, Any]], test: str, target: Target) -> dict[
         **verdict,
         "met": ratio <= target.ratio,
         "ratio": ratio,
+        "quantity": "CPU time" if target.time else "KL",
         "ours": best["scheme"],
         "peer": f"{peer['name']} {peer['scheme']}",
         "smaller_peers": smaller,
     }
+
+
+def _kl(row: dict[str, Any], test: str) -> float:
+    return float(row["tests"][test]["kl"])
 
 
 def sentence(verdict: dict[str, Any]) -> str:
@@ -117,7 +120,8 @@ def sentence(verdict: dict[str, Any]) -> str:
     left_out = verdict["smaller_peers"]
     return (
         f"{'met' if verdict['met'] else 'missed'}: {verdict['target']}; "
-        f"{verdict['ours']} has {verdict['ratio']:.3f} times the KL of {verdict['peer']}"
+        f"{verdict['ours']} has {verdict['ratio']:.3f} times the {verdict['quantity']} "
+        f"of {verdict['peer']}"
         + (f" (smaller than ours, left out: {', '.join(left_out)})" if left_out else "")
     )
 

@@ -138,20 +138,18 @@ def main() -> None:
     """Runs one job."""
     job = parse_job()
     method, package = METHODS[job.method]
-    outcome = Outcome({}, 0, 0.0, {"method": job.method}, 0.0)
-    watch = Stopwatch()
+    outcome = Outcome({}, 0, 0.0, {"method": job.method}, Stopwatch())
     try:
         # Imports and extensions that are compiled on first use are not quantization.
         method(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), job)
         for name, weight in weights(job):
-            with watch:
+            with outcome.watch:
                 dequantized, stored, dense = method(weight, job)
             outcome.weights[name] = dequantized
             outcome.stored_bytes += tensor_bytes(stored)
             outcome.dense_bits += dense
     except RefusedError as refusal:
         refuse(job, str(refusal), [package])
-    outcome.seconds = watch.seconds
     report(job, outcome, [package])
 
 
