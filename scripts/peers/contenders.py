@@ -28,11 +28,12 @@ class Storage:
 CLASSES: dict[str, tuple[int, int]] = {"4": (4, 128), "3": (3, 128), "2": (2, 64), "nf4": (4, 64)}
 INTEGERS = ("4", "3", "2")
 
-# What ours is measured with in each class, beside every algorithm of `--ours`.
+# What ours is measured with in each class, by every recipe of `--ours`. The last of each class is
+# for peers that take more bits: a scheme may not be larger than the peer it is compared with.
 OUR_SCHEMES: dict[str, tuple[str, ...]] = {
-    "4": ("W4A16_G128", "W4A16_ASYM_G128"),
-    "3": ("W3A16_G128", "W3A16_ASYM_G128"),
-    "2": ("W2A16_G64", "W2A16_ASYM_G64"),
+    "4": ("W4A16_G128", "W4A16_ASYM_G128", "W4A16_ASYM_G64"),
+    "3": ("W3A16_G128", "W3A16_ASYM_G128", "W3A16_ASYM_G64"),
+    "2": ("W2A16_G64", "W2A16_ASYM_G64", "W2A16_ASYM_G32"),
     "nf4": ("NF4_DQ",),
 }
 
@@ -136,9 +137,7 @@ CONTENDERS = (
     ),
     Contender(
         "AutoRound", "auto-round", "autoround", "auto_round_tuning", "signround",
-        # At 2 bits its other grids are far better; at 4 and 3 they are not its default.
-        {**storages(SYM), "2": (Storage(2, 64, SYM), Storage(2, 64, ASYM))},
-        options={"": {"iters": 200}},
+        storages(SYM, ASYM), options={"": {"iters": 200}},
     ),
     Contender("HQQ", "hqq", "shared", "weight_only", "hqq", storages(ASYM), calibrated=False),
     Contender(

@@ -81,8 +81,10 @@ def _verdict(rows: Sequence[dict[str, Any]], test: str, target: Target) -> dict[
     if target.peers:
         peers = [row for row in peers if row["tool"] in target.peers]
     verdict: dict[str, Any] = {"target": str(target), "wanted_ratio": target.ratio, "met": None}
-    if not ours or not peers:
-        return {**verdict, "reason": f"{target.ours if not ours else 'no peer'} was not measured"}
+    if not ours:
+        return {**verdict, "reason": f"{target.ours} was not measured"}
+    if not peers:
+        return {**verdict, "reason": "no peer was measured"}
     pairs, smaller = [], []
     for peer in peers:
         allowed = peer["bits_per_weight"] + SIZE_TOLERANCE
