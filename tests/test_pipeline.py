@@ -20,7 +20,7 @@ from lowbit.calibration.tokens import load_calibration
 from lowbit.checkpoint.journal import Journal
 from lowbit.models.selection import Selection, select_modules
 from lowbit.nn.replace import weight_is_transposed
-from lowbit.pipeline.plan import BATCH_TOKENS
+from lowbit.pipeline.source import BATCH_TOKENS
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 

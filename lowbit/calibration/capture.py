@@ -7,7 +7,7 @@ the tensor, so no table per model family has to be kept true.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def collect_statistics(
     name: str,
     with_range: bool = False,
     reference: Reference | None = None,
+    masks: Sequence[Tensor] | None = None,
 ) -> Statistics:
     """Returns the statistics of everything that reaches `module`.
 
@@ -113,6 +114,8 @@ def collect_statistics(
         with_range: also choose an `input_scale`.
         reference: the same layer in the full-precision model, run batch by batch beside this one;
             gives `Statistics.cross`.
+        masks: bool `[batch, seqlen]` for each batch, True for tokens that count; None counts all.
+            The range of `input_scale` is that of all tokens: all of them will be rounded.
     """
     accumulator: HessianAccumulator | None = None
     inputs = InputRange() if with_range else None
@@ -127,9 +130,13 @@ def collect_statistics(
                 other = x.new_empty(0) if other is None else other
             if accumulator is None:
                 accumulator = HessianAccumulator(in_features, x.device)
-            accumulator.add(x, other)
             if inputs is not None:
                 inputs.add(x)
+            if masks is not None:
+                if other is not None and other.shape == x.shape:
+                    other = counted_tokens(other, masks[batch])
+                x = counted_tokens(x, masks[batch])
+            accumulator.add(x, other)
         if accumulator is None:
             raise AssertionError(f"{name} was not called")
         statistics = accumulator.statistics()
@@ -137,3 +144,22 @@ def collect_statistics(
         raise LowbitError(f"{name}: {error}") from error
     statistics.input_scale = None if inputs is None else inputs.scale()
     return statistics
+
+
+def counted_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns the vectors `[tokens, features]` of `x` `[..., features]` that `mask` marks.
+
+    Args:
+        x: the inputs of a layer, one vector for each token of a batch.
+        mask: bool `[batch, seqlen]`.
+
+    Raises:
+        LowbitError: the layer sees other than all tokens of the batch, as an expert does.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] != mask.numel():
+        raise LowbitError(
+            f"calibration: this layer receives {rows.shape[0]} vectors for {mask.numel()} tokens, "
+            "so a loss mask cannot tell which of them count; leave the loss mask out"
+        )
+    return rows[mask.reshape(-1).to(rows.device)]

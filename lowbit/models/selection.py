@@ -84,6 +84,17 @@ def select_modules(
     return chosen
 
 
+def measurable_modules(model: PreTrainedModel) -> list[str]:
+    """Returns the names of all linear layers whose inputs a run may want to measure.
+
+    These are those of the decoder blocks, and the output head even where it is tied.
+    """
+    layers_name, _ = find_decoder_layers(model)
+    head = module_name(model, model.get_output_embeddings()) is not None
+    everything = Selection(Scheme.parse("W8A16_CHANNEL"), quantize_lm_head=head)
+    return _candidates(model, layers_name, everything)
+
+
 def _candidates(model: PreTrainedModel, layers_name: str, selection: Selection) -> list[str]:
     """Returns the names of all modules that the flags of `selection` allow."""
     embedding = module_name(model, model.get_input_embeddings())

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import transformers
-from torch import Tensor
-
-from lowbit import __version__
 from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
 from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
 from lowbit.checkpoint.reader import IN_PROGRESS, file_digest
-from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
+from lowbit.pipeline.source import require_space, split_batches, weights_fingerprint
+from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.progress import RunProgress
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
-
-# Tokens that go through a block at once: enough to fill a matmul, small beside a block's weights.
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class Plan:
         tokens: calibration windows, None to run nothing.
         config: what `config.json` will say.
         directory: the output.
+        stored: statistics measured before, instead of tokens.
     """
 
     decoder: StreamedDecoder
@@ -67,13 +60,17 @@ class Plan:
     tokens: CalibrationTokens | None
     config: LowbitConfig
     directory: Path
+    stored: StoredStatistics | None = None
 
     def execute(self, resume: bool, progress: bool) -> QuantizedCheckpoint:
         """Returns the finished checkpoint; see `output.py` for the order of writing."""
         source = self.decoder.checkpoint
         with RunProgress(progress) as bar:
             bar.stage("checking weights", sum(e.end - e.begin for e in source.entries.values()))
-            fingerprint = self.fingerprint(source.verify(bar.advance))
+            weights = source.verify(bar.advance)
+            if self.stored is not None:
+                self.stored.require_model(digest_json(source.config), weights)
+            fingerprint = self.fingerprint(weights)
             self._check_space()
             with claim(self.directory, resume):
                 journal = Journal.start(self.directory, fingerprint)
@@ -85,8 +82,11 @@ class Plan:
 
     def _run(self, journal: Journal, bar: RunProgress) -> None:
         """Does what is not done yet, then makes the directory valid."""
+        tokens = self.tokens
+        batches = [] if tokens is None else split_batches(tokens.ids)
+        masks = None if tokens is None or tokens.mask is None else split_batches(tokens.mask)
         run = QuantizationRun(
-            self.decoder, self.selected, self.recipe, self._batches(), journal, bar
+            self.decoder, self.selected, self.recipe, batches, journal, bar, masks, self.stored
         )
         files = run.execute(sentinel_key(self.selected))
         write_index(self.directory, files)
@@ -102,33 +102,17 @@ class Plan:
             weights: file name -> SHA-256 of the source's files.
         """
         tokens, source = self.tokens, self.decoder.checkpoint
-        content: Fingerprint = {
-            "versions": {
-                "lowbit": __version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-            },
-            "model": {
-                "config": digest_json(source.config),
-                "weights": weights,
-                "side_files": {f.name: file_digest(f) for f in side_files(source.path)},
-            },
-            "ignored_tensors": self.decoder.ignored,
-            "options": self.config.to_dict(),
-            "calibration": {**tokens.description, "digest": tokens.digest} if tokens else None,
-            "device": self.decoder.device.type,
-            "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            # How a sum is split over threads decides its last bits.
-            "threads": torch.get_num_threads(),
-        }
+        content = weights_fingerprint(self.decoder, weights)
+        content["model"]["side_files"] = {f.name: file_digest(f) for f in side_files(source.path)}
+        content["ignored_tensors"] = self.decoder.ignored
+        content["options"] = self.config.to_dict()
+        content["calibration"] = None
+        if tokens is not None:
+            content["calibration"] = {**tokens.description, "digest": tokens.digest}
+        elif self.stored is not None:
+            content["calibration"] = self.stored.description()
         # Compared with what a journal gives back: tuples have become lists there.
         return cast(Fingerprint, json.loads(json.dumps(content)))
-
-    def _batches(self) -> list[Tensor]:
-        if self.tokens is None:
-            return []
-        ids = self.tokens.ids
-        return list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
 
     def _check_space(self) -> None:
         """Refuses before any work if the result cannot fit on the disk."""
@@ -141,13 +125,7 @@ class Plan:
                 needed += scheme.stored_bytes((rows, columns)) - (entry.end - entry.begin)
         # What an interrupted run has written needs no space again.
         needed -= sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
-        existing = (self.directory.absolute(), *self.directory.absolute().parents)
-        free = shutil.disk_usage(next(path for path in existing if path.exists())).free
-        if free < needed:
-            raise LowbitError(
-                f"{self.directory}: the result needs about {needed / 1e9:.2f} GB, but the disk has "
-                f"{free / 1e9:.2f} GB free; choose another disk"
-            )
+        require_space(self.directory, needed, "the result")
 
     def _write_config(self, state: dict[str, str]) -> None:
         """Writes `config.json`: the source's, with ours and `state` as `quantization_config`."""

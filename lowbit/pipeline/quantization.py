@@ -8,16 +8,22 @@ from pathlib import Path
 import torch
 
 from lowbit.algorithms import Algorithm
-from lowbit.calibration.tokens import TOKEN_SUFFIXES, CalibrationTokens, load_calibration
 from lowbit.checkpoint import Checkpoint
-from lowbit.checkpoint.journal import refuse_occupied, threads_of_run
+from lowbit.checkpoint.journal import threads_of_run
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.loading import choose_device, is_hub_name, load_tokenizer
-from lowbit.models.foreign import FOREIGN_ERRORS, one_line
+from lowbit.hf.loading import choose_device
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
+from lowbit.pipeline.source import (
+    calibration_tokens,
+    check_places,
+    compute_dtype,
+    linear_widths,
+    local_directory,
+)
+from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.recipe import Recipe, make_recipe
 from lowbit.scheme import Scheme
 
@@ -33,6 +39,9 @@ def quantize(
     samples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
+    text_field: str | None = None,
+    loss_mask: bool = False,
+    stats: str | Path | None = None,
     device: str | torch.device | None = None,
     dynamic: Mapping[str, str | Scheme | None] | None = None,
     modules_to_not_convert: tuple[str, ...] = (),
@@ -56,6 +65,10 @@ def quantize(
         samples: calibration windows.
         seqlen: tokens per window.
         seed: chooses the windows.
+        text_field: the field of JSONL or hub rows that holds a text or chat messages.
+        loss_mask: of chat messages, count only the tokens of answers in the statistics.
+        stats: instead of `calibration`, a folder that `calibrate` has written; the model is not
+            run. Refused with a recipe that needs it to run.
         device: where blocks are run and quantized; the GPU if there is one, else the CPU.
         dynamic: regex -> scheme, or None to leave a module in 16 bits; the first match counts.
         modules_to_not_convert: names of modules left in 16 bits.
@@ -80,83 +93,41 @@ def quantize(
     )
     directory, where = Path(output), choose_device(device)
     checkpoint = Checkpoint.open(local_directory(model))
-    _check_places(checkpoint, directory, resume)
-    if recipe.needs_data and calibration is None:
+    check_places(checkpoint, directory, resume)
+    stored = None if stats is None else StoredStatistics.open(stats)
+    has_data = calibration is not None or stored is not None
+    if calibration is not None and stored is not None:
+        raise LowbitError(
+            "calibration text and statistics are both given; give one of them (the statistics hold "
+            "what was measured on a text before)"
+        )
+    if stored is not None and recipe.surroundings():
+        raise LowbitError(
+            f"the recipe's {', '.join(recipe.surroundings())} must run the model, which stored "
+            "statistics cannot replace; give calibration text instead, or only an algorithm"
+        )
+    if recipe.needs_data and not has_data:
         what = f"quality {quality}" if isinstance(quality, str) else "the recipe"
         what = f"algorithm {recipe.algorithm.name}" if quality is None else what
         raise LowbitError(
             f"{what} needs calibration data; give a text, JSONL or token file (--calibration), or "
             "use algorithm rtn, which needs none"
         )
-    if config.needs_activation_scales and calibration is None:
+    if config.needs_activation_scales and not has_data:
         raise LowbitError(
             f"scheme {scheme}: a stored scale of activations needs calibration data; give a text, "
             "JSONL or token file, or use W8A8, which computes a scale per token"
         )
-    dtype = _compute_dtype(checkpoint, where, calibration is not None)
+    dtype = compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)
     selected = select_modules(decoder.model, config.selection())
     tokens = None
     if calibration is not None:
-        tokens = _calibration_tokens(decoder, str(calibration), samples, seqlen, seed)
-    plan = Plan(decoder, selected, recipe, tokens, config, directory)
+        tokens = calibration_tokens(
+            decoder, str(calibration), samples, seqlen, seed, text_field, loss_mask
+        )
+    if stored is not None:
+        stored.require_layers(linear_widths(decoder, selected))
+    plan = Plan(decoder, selected, recipe, tokens, config, directory, stored)
     with threads_of_run(directory):
         return plan.execute(resume, progress)
-
-
-def local_directory(model: str | Path) -> Path:
-    """Returns the directory of `model`, fetched from the hub if it is not a local path.
-
-    Raises:
-        LowbitError: if it is neither.
-    """
-    if not is_hub_name(str(model)):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except FOREIGN_ERRORS as error:
-        raise LowbitError(
-            f"{model}: no such folder here, and the hub does not give it ({one_line(error)}); give "
-            "the folder of a checkpoint"
-        ) from error
-
-
-def _compute_dtype(checkpoint: Checkpoint, device: torch.device, runs: bool) -> torch.dtype:
-    """Returns the dtype in which blocks are loaded.
-
-    On a CPU, blocks that are run are run in fp32: exact, and much faster than bf16 without AMX. On
-    a GPU fp16 models are run in bf16, which cannot overflow. Without calibration nothing is run,
-    and the checkpoint's own dtype takes the least memory.
-    """
-    stored = {e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point}
-    if not runs:
-        return stored.pop() if len(stored) == 1 else torch.float32
-    wide = torch.float32 in stored or torch.float64 in stored
-    return torch.float32 if device.type == "cpu" or wide else torch.bfloat16
-
-
-def _check_places(checkpoint: Checkpoint, directory: Path, resume: bool) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise LowbitError(
-            f"{checkpoint.path}: is already quantized ({method}); start from the 16-bit model"
-        )
-    if directory.resolve() == checkpoint.path.resolve():
-        raise LowbitError(f"{directory}: output and model are the same; choose another output")
-    refuse_occupied(directory, resume)
-
-
-def _calibration_tokens(
-    decoder: StreamedDecoder, source: str, samples: int, seqlen: int, seed: int
-) -> CalibrationTokens:
-    text_config = decoder.model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if limit is not None and seqlen > limit:
-        raise LowbitError(f"seqlen {seqlen} is longer than the model's {limit} positions; lower it")
-    is_text = Path(source).suffix.lower() not in TOKEN_SUFFIXES
-    tokenizer = load_tokenizer(decoder.checkpoint.path) if is_text else None
-    return load_calibration(source, tokenizer, text_config.vocab_size, samples, seqlen, seed)

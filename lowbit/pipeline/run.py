@@ -29,6 +29,7 @@ from lowbit.models.streaming import StreamedDecoder, call_block
 from lowbit.nn.replace import weight_is_transposed, weight_shape
 from lowbit.pipeline.output import shard_name
 from lowbit.pipeline.pieces import OpenPiece, Piece, plan_pieces
+from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.pipeline.streams import Streams
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight
@@ -47,6 +48,8 @@ class QuantizationRun:
         batches: calibration tokens, int64 `[batch, seqlen]` each; empty to run nothing.
         journal: what is finished; its directory receives the shards.
         progress: told about blocks, layers and losses.
+        masks: bool `[batch, seqlen]` for each batch, which tokens statistics count; None for all.
+        stored: statistics measured before, instead of batches.
     """
 
     def __init__(
@@ -57,9 +60,12 @@ class QuantizationRun:
         batches: list[Tensor],
         journal: Journal,
         progress: RunProgress,
+        masks: list[Tensor] | None = None,
+        stored: StoredStatistics | None = None,
     ) -> None:
         self.decoder, self.selected, self.recipe = decoder, selected, recipe
         self.batches, self.journal, self.progress = batches, journal, progress
+        self.masks, self.stored = masks, stored
         self.pieces = plan_pieces(decoder, selected)
         self.sentinel: str | None = None
         self._streams = Streams(decoder, batches, recipe.keeps_reference)
@@ -208,6 +214,9 @@ class QuantizationRun:
         for name in [n for n, module in linears.items() if isinstance(module, nn.Embedding)]:
             del linears[name]
             yield [name], None
+        if self.stored is not None and linears:
+            yield from self.stored.groups(piece.name, list(linears), self.decoder.device)
+            return
         if not self.batches or not linears:
             yield from (([name], None) for name in linears)
             return
@@ -223,7 +232,7 @@ class QuantizationRun:
                 reference = self._streams.reference(group[0], piece.block)
             width = weight_shape(module)[1]
             statistics = collect_statistics(
-                run, len(self.batches), module, width, group[0], static, reference
+                run, len(self.batches), module, width, group[0], static, reference, self.masks
             )
             yield group, statistics
         called = {name for group in groups for name in group}
