@@ -239,7 +239,7 @@ def _run(arguments: argparse.Namespace) -> None:
         vars(arguments).update(QUICK)
     if arguments.seeds < 1 or arguments.windows < 2:
         raise LowbitError("needed at least 1 seed and, for standard errors, 2 windows")
-    ours = [OurRecipe.parse(text) for text in arguments.ours]
+    ours = [OurRecipe.parse(text) for text in arguments.ours if text != "none"]
     peers = [] if arguments.only == "none" else arguments.only.split(",")
     for peer in peers:
         if peer not in PEERS:
