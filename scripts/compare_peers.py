@@ -38,6 +38,7 @@ from scripts.sample_tokens import weights_digest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lowbit-peers"
 ASSETS = ROOT / "tests" / "assets"
+LABELS = ("size_class", "tool", "name", "scheme", "seed")
 QUICK = {"seeds": 1, "samples": 16, "windows": 8}
 
 
@@ -63,6 +64,11 @@ class Ledger:
             handle.write(("\n" if cut else "") + json.dumps(result) + "\n")
 
 
+def labels_of(case: Case) -> dict[str, Any]:
+    """Returns what tells a case from others in a result."""
+    return {key: getattr(case, key) for key in LABELS}
+
+
 def run_cases(bench: Bench, cases: Sequence[Case], ledger: Ledger) -> list[dict[str, Any]]:
     """Runs what the ledger lacks; returns the failures, which it does not keep."""
     pending = [case for case in cases if case.key not in ledger.results]
@@ -73,15 +79,12 @@ def run_cases(bench: Bench, cases: Sequence[Case], ledger: Ledger) -> list[dict[
             seed = "" if case.seed is None else f", seed {case.seed}"
             title = f"{case.name}, {case.scheme}{seed}"
             bar.describe(title)
-            labels = {
-                key: getattr(case, key) for key in ("size_class", "tool", "name", "scheme", "seed")
-            }
             try:
-                result = {"key": case.key, **labels, **bench.run(case)}
+                result = {"key": case.key, **labels_of(case), **bench.run(case)}
                 ledger.add(result)
                 outcome = "refused" if "refused" in result else "done"
             except CaseFailedError as error:
-                failures.append({**labels, "failed": str(error)})
+                failures.append({**labels_of(case), "failed": str(error)})
                 outcome = "failed"
             bar.advance(1)
             if not sys.stderr.isatty():  # no bar is seen: a log
@@ -151,10 +154,12 @@ def content(
     versions: dict[str, Any] = {}
     for result in done:
         versions.setdefault(result["tool"], {}).update(result.get("versions", {}))
+        if "source" in result.get("options", {}):  # compiled from an archive, not installed
+            versions[result["tool"]]["source"] = result["options"]["source"]
     samples, seqlen = bench.draws[0].ids.shape
-    labels = ("tool", "name", "scheme", "seed")
     return {
         "model": bench.model.name,
+        "figure": None,
         "outliers": {"factor": FACTOR, "share": SHARE} if outliers else None,
         "calibration": {
             "source": bench.draws[0].description["source"],
@@ -170,7 +175,7 @@ def content(
         "rows": rows,
         "verdicts": {test: verdicts(rows, test) for test in bench.tests} if rows else {},
         "refused": [
-            {**{key: r[key] for key in labels}, "reason": r["refused"]}
+            {**{key: r[key] for key in LABELS}, "reason": r["refused"]}
             for r in done
             if "refused" in r
         ],
@@ -189,8 +194,10 @@ def shown_command(arguments: argparse.Namespace) -> str:
     parts = [f"python scripts/compare_peers.py {shown(arguments.model)}"]
     parts += [f"--calibration {shown(arguments.calibration)}"]
     parts += [f"--heldout {' '.join(shown(text) for text in arguments.heldout)}"]
-    parts += [f"--ours {' '.join(arguments.ours)}"]
+    parts += [f"--ours {' '.join(arguments.ours)}", f"--only {arguments.only}"]
     parts += [f"--{name} {getattr(arguments, name)}" for name in ("samples", "windows", "seeds")]
+    if arguments.figure:
+        parts.append(f"--figure {shown(arguments.figure)}")
     return " ".join(parts + (["--outliers"] if arguments.outliers else []))
 
 
@@ -216,7 +223,7 @@ def main() -> None:
         "--ours",
         nargs="+",
         default=["rtn", "gptq"],
-        help="[label=]preset, or [label=]algorithm[:option=value,...]",
+        help="[label=]preset, [label=]algorithm[:option=value,...], or `none`",
     )
     add("--only", default=",".join(PEERS), help="tools to run, or `none`")
     add("--seeds", type=int, default=3, help="draws of calibration tokens: 0, 1, ...")
@@ -225,6 +232,7 @@ def main() -> None:
     add("--windows", type=int, default=48, help="held-out windows of each test set")
     add("--quick", action="store_true", help=f"a rehearsal: {QUICK}, few iterations")
     add("--outliers", action="store_true", help="give the model synthetic outlier channels first")
+    add("--stored", action="store_true", help="run nothing, make the result of finished cases")
     add("--limit", type=float, default=3600.0, help="seconds for one case of a peer")
     add("--environments", type=Path, default=CACHE / "environments", help="kept environments")
     add("--torch", default="torch==2.13.0", help="what pip installs first in each of them")
@@ -256,10 +264,20 @@ def _run(arguments: argparse.Namespace) -> None:
         model = write_outlier_model(model, arguments.work / name)
     cases = list_cases(ours, peers, arguments.seeds, arguments.quick)
     bench = make_bench(arguments, model, {})
-    bench.environments = environments(peers, arguments.environments, arguments.torch)
+    if not arguments.stored:
+        bench.environments = environments(peers, arguments.environments, arguments.torch)
     ledger = ledger_of(bench, arguments.work)
-    failures = run_cases(bench, cases, ledger)
+    if arguments.stored:
+        missing = [case for case in cases if case.key not in ledger.results]
+        failures = [{**labels_of(case), "failed": "not run yet"} for case in missing]
+    else:
+        failures = run_cases(bench, cases, ledger)
     result = content(bench, ledger, cases, failures, arguments.outliers)
+    if arguments.figure and result["rows"]:
+        title = model.name + (" (synthetic outliers)" if arguments.outliers else "")
+        draw(result["rows"], next(iter(bench.tests)), arguments.figure, title)
+        result["figure"] = arguments.figure.name
+        print(f"wrote {arguments.figure}")
     write_result(arguments.json, shown_command(arguments), result)
     for failure in (*result["refused"], *failures):
         reason = failure.get("reason") or failure.get("failed")
@@ -267,10 +285,6 @@ def _run(arguments: argparse.Namespace) -> None:
     for test, found in result["verdicts"].items():
         for verdict in found:
             print(f"{test}: {sentence(verdict)}")
-    if arguments.figure and result["rows"]:
-        title = model.name + (" (synthetic outliers)" if arguments.outliers else "")
-        draw(result["rows"], next(iter(bench.tests)), arguments.figure, title)
-        print(f"wrote {arguments.figure}")
 
 
 if __name__ == "__main__":

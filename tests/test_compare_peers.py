@@ -47,6 +47,7 @@ from scripts.peers.environments import Ready, prepare
 from scripts.peers.llama_cpp import importance
 from scripts.peers.outliers import FACTOR, READERS, add_outliers, write_outlier_model
 from scripts.peers.summary import draw, rows_of, sentence, verdicts
+from scripts.readme_tables import peers
 
 SEQLEN = 16
 
@@ -626,11 +627,23 @@ def test_command_compares_and_goes_on(
     first = result["verdicts"]["tokens"][0]
     assert first["target"].startswith("class 4: balanced has no more KL")
     assert "W4A17" in capsys.readouterr().out
+    page = peers(result)
+    assert "| **lowbit** balanced, W4A16_G64 | " in page
+    assert "- balanced, W4A17: " in page
+    assert "draws)" not in page
 
     (peer / "jobs.jsonl").unlink()
     run_main(monkeypatch, *arguments)
     assert not (peer / "jobs.jsonl").exists(), "a finished case was run again"
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+
+    run_main(monkeypatch, *arguments, "--stored", "--seeds", 3)
+    assert not (peer / "jobs.jsonl").exists()
+    partial = json.loads((tmp_path / "result.json").read_text())
+    assert partial["rows"] == result["rows"]
+    assert {entry["seed"] for entry in partial["failed"]} == {2}
+    assert "Fake, 4 bits g128 sym (2 of 3 draws)" in peers(partial)
+    assert "- Fake, 4 bits g128 sym: not run yet" in peers(partial)
 
 
 def test_jobs_are_read_as_they_were_written(tmp_path: Path) -> None:

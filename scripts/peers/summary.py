@@ -39,6 +39,7 @@ def _row(found: list[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     return {
         **{key: first[key] for key in ("size_class", "tool", "name", "scheme")},
+        "calibrated": first["seed"] is not None,
         "seeds": len(found),
         **{
             key: statistics.fmean(result[key] for result in found)
