@@ -29,6 +29,7 @@ from lowbit.checkpoint.reader import require_complete
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.hf.headers import check_full_precision, check_quantized
+from lowbit.memory import drop_mapped_pages
 from lowbit.models.selection import select_modules
 from lowbit.nn.prepared import prepare_model
 from lowbit.nn.replace import module_name, replace_modules, restore_modules, tied_head_name
@@ -243,9 +244,9 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
                 converted.update(self.quantizer.quantize_weight(head, weight))
                 continue
             module = model.get_submodule(name)
-            if module.plain_class is Conv1D:
-                weight = weight.T
-            converted.update(self.quantizer.quantize_weight(name, weight))
+            stored = weight.T if module.plain_class is Conv1D else weight
+            converted.update(self.quantizer.quantize_weight(name, stored))
+            drop_mapped_pages(weight)
             del module._parameters["weight"]
             if missing_keys is not None:
                 missing_keys.discard(key)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowbit import backends, ops
 from lowbit.backends import PreparedWeight
+from lowbit.memory import drop_mapped_pages
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
@@ -164,8 +165,10 @@ class StoredWeight(nn.Module):
                 )
             if prepared is not None:
                 for name in self._names():
-                    self._parameters.pop(name, None)
-                    self._buffers.pop(name, None)
+                    for held in (self._parameters, self._buffers):
+                        tensor = held.pop(name, None)
+                        if tensor is not None:
+                            drop_mapped_pages(tensor)
                 self._hold(prepared.for_mode(self.training))
         self._join_siblings()
         return self._prepared is not None
