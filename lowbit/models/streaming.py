@@ -182,7 +182,7 @@ class StreamedDecoder:
 
         handle = self.layers[0].register_forward_pre_hook(record, with_kwargs=True)
         try:
-            self._forward(input_ids=batch.to(self.device))
+            self._forward(batch)
         finally:
             handle.remove()
         return seen[0]
@@ -198,12 +198,12 @@ class StreamedDecoder:
             return (hidden,) if self._returns_tuple else hidden
 
         with self._replaced_forwards(record):
-            self._forward(input_ids=batch.to(self.device))
+            self._forward(batch)
         return calls
 
-    def _forward(self, **inputs: Tensor) -> None:
+    def _forward(self, ids: Tensor) -> None:
         with torch.no_grad(), suppress(StopForwardError):
-            self.model(**inputs, use_cache=False)
+            self.model(input_ids=ids.to(self.device), use_cache=False)
 
     @contextmanager
     def _replaced_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -222,20 +222,25 @@ class StreamedDecoder:
             return call_block(self.layers[index], activations.hidden[batch], call)
 
     def run_tail(self, activations: Activations, batch: int) -> None:
-        """Runs what follows the blocks on one batch's hidden states, up to a hook that stops it.
+        """Runs what follows the blocks on one batch's hidden states, up to a hook that stops it."""
+        with suppress(StopForwardError):
+            self.logits(activations.hidden[batch])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the logits `[batch, seqlen, vocab]` for what the last block returned.
 
         The model runs with blocks replaced by a function that returns those states, so whatever it
         does after its blocks (norms, projections, scaling) is done by its own code.
         """
-        hidden = activations.hidden[batch]
 
         def inject(*_: Any, **__: Any) -> Any:
             return (hidden,) if self._returns_tuple else hidden
 
         width = self.model.get_input_embeddings().embedding_dim
         placeholder = hidden.new_zeros(*hidden.shape[:-1], width)
-        with self._replaced_forwards(inject):
-            self._forward(inputs_embeds=placeholder)
+        with self._replaced_forwards(inject), torch.no_grad():
+            logits: Tensor = self.model(inputs_embeds=placeholder, use_cache=False).logits
+        return logits
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
