@@ -59,3 +59,7 @@ class RunProgress:
     def advance(self, units: int) -> None:
         """Counts `units` as done."""
         self._progress.advance(self._task, units)
+
+    def complete(self, units: int) -> None:
+        """Counts as if `units` of the stage were done, whatever was counted before."""
+        self._progress.update(self._task, completed=units)

@@ -10,10 +10,12 @@ import sys
 import typer
 
 from lowbit.cli.bench import bench_command
+from lowbit.cli.calibrate import calibrate_command
 from lowbit.cli.eval import eval_command
 from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
 from lowbit.cli.quantize import quantize_command
+from lowbit.cli.sweep import sweep_command
 from lowbit.errors import LowbitError
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("quantize")(quantize_command)
+app.command("calibrate")(calibrate_command)
+app.command("sweep")(sweep_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)

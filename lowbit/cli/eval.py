@@ -73,7 +73,7 @@ def eval_command(
     use_threads(threads)
     target = choose_device(device)
     # Everything that can be wrong with the input is found before the weights are loaded.
-    chosen = _windows(path, text, seqlen, windows)
+    chosen = windows_of(path, text, seqlen, windows)
     slicing = _slicing(slices, labels, chosen)
     if against is not None:
         _check_baseline(against, chosen)
@@ -88,7 +88,7 @@ def eval_command(
         screen().print(render(result))
 
 
-def _windows(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:
+def windows_of(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:
     """Returns the windows to evaluate, tokenised by the model's own tokenizer."""
     from lowbit.calibration.tokens import TOKEN_SUFFIXES, load_windows
     from lowbit.hf.loading import load_config, load_tokenizer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,9 @@ def quantize_command(
     scheme: Annotated[str, typer.Option(help="For example W4A16_G64, W3A16_ASYM_G64, NF4_DQ.")] = (
         "W4A16_G64"
     ),
-    algorithm: Annotated[str, typer.Option(help="gptq (needs --calibration) or rtn.")] = "gptq",
+    algorithm: Annotated[
+        str, typer.Option(help="gptq (needs --calibration or --stats) or rtn.")
+    ] = "gptq",
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; repeatable."),
@@ -32,6 +36,16 @@ def quantize_command(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of JSONL or data set rows; text or messages.")
+    ] = None,
+    loss_mask: Annotated[
+        bool, typer.Option("--loss-mask", help="Of chat messages, count only the answers.")
+    ] = False,
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="Statistics that `lowbit calibrate` wrote, instead of --calibration."),
+    ] = None,
     dynamic: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +76,7 @@ def quantize_command(
     from lowbit.algorithms import make_algorithm
     from lowbit.pipeline import quantize
 
-    try:
+    with exit_interrupted():
         result = quantize(
             model,
             output,
@@ -72,6 +86,9 @@ def quantize_command(
             samples=samples,
             seqlen=seqlen,
             seed=seed,
+            text_field=text_field,
+            loss_mask=loss_mask,
+            stats=stats,
             device=device,
             dynamic=_dynamic(dynamic or []),
             modules_to_not_convert=tuple(keep or ()),
@@ -79,14 +96,21 @@ def quantize_command(
             quantize_embeddings=quantize_embeddings,
             resume=resume,
         )
-    except KeyboardInterrupt:
-        typer.echo("lowbit: interrupted; finished blocks are kept, --resume goes on", err=True)
-        raise typer.Exit(130) from None
     summary = result.manifest["summary"]
     if json_output:
         typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))
     else:
         _print_summary(result.path, summary)
+
+
+@contextmanager
+def exit_interrupted() -> Iterator[None]:
+    """Ends the command with the usual status when the user interrupts it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("lowbit: interrupted; finished blocks are kept, --resume goes on", err=True)
+        raise typer.Exit(130) from None
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -117,6 +117,21 @@ class StoredStatistics:
             **self.fingerprint["calibration"],
         }
 
+    def summary(self) -> dict[str, Any]:
+        """Returns what was measured and what it takes, JSON values."""
+        parts = self.manifest["parts"].values()
+        groups = [group for part in parts for group in part["modules"].values()]
+        return {
+            "bytes": sum((self.directory / part["file"]).stat().st_size for part in parts),
+            "layers": sum(len(group["members"]) for group in groups),
+            "groups": len(groups),
+            "tokens": max((group["tokens"] for group in groups), default=0),
+            "tokens_per_dimension": min(
+                (group["tokens"] / group["in_features"] for group in groups), default=0.0
+            ),
+            "unreached": [name for part in parts for name in part.get("unreached", ())],
+        }
+
     def require_model(self, config: str, weights: dict[str, str]) -> None:
         """Refuses another model than the one that was measured.
 
