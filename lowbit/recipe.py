@@ -62,6 +62,11 @@ class Tuning(Protocol):
 
     name: ClassVar[str]
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch: calibration runs with batches of this size."""
+        ...
+
     def tune(
         self, view: BlockView, weights: dict[str, Tensor], modules: dict[str, Quantized]
     ) -> Tuned:

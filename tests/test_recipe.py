@@ -173,6 +173,7 @@ class OtherCodes:
 
     name: ClassVar[str] = "other_codes"
     scale: float = 0.5
+    batch_tokens: int = 2 * SEQLEN
 
     def tune(
         self, view: BlockView, weights: dict[str, Tensor], modules: dict[str, Quantized]

@@ -15,7 +15,12 @@ from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
-from lowbit.pipeline.source import require_space, split_batches, weights_fingerprint
+from lowbit.pipeline.source import (
+    BATCH_TOKENS,
+    require_space,
+    split_batches,
+    weights_fingerprint,
+)
 from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.progress import RunProgress
 from lowbit.recipe import Recipe
@@ -83,8 +88,10 @@ class Plan:
     def _run(self, journal: Journal, bar: RunProgress) -> None:
         """Does what is not done yet, then makes the directory valid."""
         tokens = self.tokens
-        batches = [] if tokens is None else split_batches(tokens.ids)
-        masks = None if tokens is None or tokens.mask is None else split_batches(tokens.mask)
+        tuning = self.recipe.tuning
+        size = BATCH_TOKENS if tuning is None else tuning.batch_tokens
+        batches = [] if tokens is None else split_batches(tokens.ids, size)
+        masks = None if tokens is None or tokens.mask is None else split_batches(tokens.mask, size)
         run = QuantizationRun(
             self.decoder, self.selected, self.recipe, batches, journal, bar, masks, self.stored
         )
@@ -125,7 +132,7 @@ class Plan:
                 needed += scheme.stored_bytes((rows, columns)) - (entry.end - entry.begin)
         # What an interrupted run has written needs no space again.
         needed -= sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
-        require_space(self.directory, needed, "the result")
+        require_space(self.directory, needed, "a result")
 
     def _write_config(self, state: dict[str, str]) -> None:
         """Writes `config.json`: the source's, with ours and `state` as `quantization_config`."""

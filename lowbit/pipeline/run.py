@@ -192,7 +192,9 @@ class QuantizationRun:
             return call_block(module, hidden, self._streams.call(block, batch))
 
         inputs, targets = self._streams.inputs.hidden, self._streams.targets
-        return BlockView(piece.name, module, piece.modules, list(inputs), list(targets), forward)
+        return BlockView(
+            piece.name, module, piece.modules, list(inputs), list(targets), forward, self.masks
+        )
 
     def _round_changed(self, piece: Piece, state: OpenPiece) -> None:
         """Rounds changed parameters that are not quantized to what the checkpoint stores."""

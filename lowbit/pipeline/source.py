@@ -108,9 +108,9 @@ def linear_widths(decoder: StreamedDecoder, names: Iterable[str]) -> dict[str, i
     }
 
 
-def split_batches(tokens: Tensor) -> list[Tensor]:
-    """Returns `tokens` `[samples, seqlen]` in batches of at most `BATCH_TOKENS`."""
-    return list(torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1])))
+def split_batches(tokens: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Returns `tokens` `[samples, seqlen]` in batches of at most `batch_tokens`, or of one row."""
+    return list(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
 
 
 def weights_fingerprint(decoder: StreamedDecoder, weights: dict[str, str]) -> Fingerprint:
@@ -140,12 +140,12 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     Args:
         directory: where the bytes are to go; it need not exist yet.
         needed: bytes.
-        what: they are, "the result".
+        what: they are, for example "a result".
     """
     existing = (directory.absolute(), *directory.absolute().parents)
     free = shutil.disk_usage(next(path for path in existing if path.exists())).free
     if free < needed:
         raise LowbitError(
-            f"{directory}: {what} needs about {needed / 1e9:.2f} GB, but the disk has "
+            f"{directory}: {what} of about {needed / 1e9:.2f} GB does not fit, the disk has "
             f"{free / 1e9:.2f} GB free; choose another disk"
         )

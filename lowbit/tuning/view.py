@@ -23,6 +23,7 @@ class BlockView:
         targets: what the block returns in the full-precision model, the same shapes.
         forward: (hidden states, index of the batch) -> output of `module` as it is now, called
             with the block's own arguments; gradients are recorded where they are enabled.
+        masks: which tokens count, bool `[batch, seqlen]` for every batch; None where all do.
     """
 
     name: str
@@ -31,6 +32,7 @@ class BlockView:
     inputs: list[Tensor]
     targets: list[Tensor]
     forward: Callable[[Tensor, int], Tensor]
+    masks: list[Tensor] | None = None
 
     def linear(self, name: str) -> nn.Module:
         """Returns the module with the full name `name`, which is inside the block."""
