@@ -217,7 +217,7 @@ class CalibrationRun:
         outside = [name for p in self.pieces if p.block is None for name in p.modules]
         head = sum(stored_bytes(self.widths[name]) for name in outside)
         require_space(
-            self.journal.directory, block * len(self.decoder.layers) + head, "the statistics"
+            self.journal.directory, block * len(self.decoder.layers) + head, "a set of statistics"
         )
 
     def _free(self, piece: Piece) -> None:
