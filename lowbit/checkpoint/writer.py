@@ -97,8 +97,17 @@ class ShardWriter:
 
     @staticmethod
     def header_bound(names: list[str]) -> int:
-        """Returns bytes that surely hold the header of tensors `names` of up to 4 dimensions."""
-        return 64 + sum(len(json.dumps(name)) + 160 for name in names)
+        """Returns bytes that surely hold the header of tensors `names` of up to 4 dimensions.
+
+        Rounded name by name, so that what a tensor adds to a file does not depend on the others
+        and sizes of whole checkpoints can be known beforehand (see `pipeline/sizes.py`).
+        """
+        return 64 + sum(ShardWriter.header_bytes(name) for name in names)
+
+    @staticmethod
+    def header_bytes(name: str) -> int:
+        """Returns what a tensor `name` adds to the reserved header, a multiple of 8."""
+        return -(-(len(json.dumps(name)) + 160) // _ALIGNMENT) * _ALIGNMENT
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Appends `tensor` under `name`."""
