@@ -6,6 +6,8 @@ Heavy imports (torch, transformers) happen inside the commands, so that `--help`
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -35,10 +37,17 @@ app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 
 
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Prints a warning as a sentence, without the line of code that it came from."""
+    print(f"lowbit: warning: {message}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 0, or 2 for bad input."""
     try:
-        app(args=arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(args=arguments)
     except LowbitError as error:
         print(f"lowbit: {error}", file=sys.stderr)
         sys.exit(2)

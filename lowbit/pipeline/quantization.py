@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from lowbit.algorithms import Algorithm
+from lowbit.allocation.allocate import Allocation
+from lowbit.calibration.coverage import warn_of_few_tokens
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import threads_of_run
 from lowbit.errors import LowbitError
@@ -15,6 +17,7 @@ from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
+from lowbit.pipeline.allocation import choose_schemes, make_allocation
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
 from lowbit.pipeline.source import (
     calibration_tokens,
@@ -42,6 +45,9 @@ def quantize(
     text_field: str | None = None,
     loss_mask: bool = False,
     stats: str | Path | None = None,
+    target_bits: float | None = None,
+    target_size: int | str | None = None,
+    allocation: Allocation | None = None,
     device: str | torch.device | None = None,
     dynamic: Mapping[str, str | Scheme | None] | None = None,
     modules_to_not_convert: tuple[str, ...] = (),
@@ -69,6 +75,11 @@ def quantize(
         loss_mask: of chat messages, count only the tokens of answers in the statistics.
         stats: instead of `calibration`, a folder that `calibrate` has written; the model is not
             run. Refused with a recipe that needs it to run.
+        target_bits: choose a scheme for every layer of the blocks, so that the quantized weights
+            take at most this many bits each, scales and zero points included. `scheme` is then for
+            what is quantized outside the blocks.
+        target_size: the same for the bytes of all safetensors files, a number or "4.2GB".
+        allocation: the same with options, see `Allocation`.
         device: where blocks are run and quantized; the GPU if there is one, else the CPU.
         dynamic: regex -> scheme, or None to leave a module in 16 bits; the first match counts.
         modules_to_not_convert: names of modules left in 16 bits.
@@ -81,6 +92,7 @@ def quantize(
         LowbitError: bad input; nothing has been written unless the message says so.
     """
     recipe = make_recipe(algorithm, quality)
+    allocation = make_allocation(allocation, target_bits, target_size, calibration is not None)
     config = LowbitConfig(
         scheme=scheme,
         dynamic=dynamic,
@@ -120,14 +132,24 @@ def quantize(
         )
     dtype = compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)
-    selected = select_modules(decoder.model, config.selection())
     tokens = None
     if calibration is not None:
         tokens = calibration_tokens(
             decoder, str(calibration), samples, seqlen, seed, text_field, loss_mask
         )
+    allocated = None
+    if allocation is not None and tokens is not None:
+        with threads_of_run(directory):
+            allocated = choose_schemes(
+                allocation, config, decoder, tokens, recipe.algorithm, progress
+            )
+    selected = select_modules(decoder.model, config.selection())
+    widths = linear_widths(decoder, selected)
     if stored is not None:
-        stored.require_layers(linear_widths(decoder, selected))
-    plan = Plan(decoder, selected, recipe, tokens, config, directory, stored)
+        stored.require_layers(widths)
+    if recipe.needs_data:
+        counted = tokens.counted if tokens is not None else 0
+        warn_of_few_tokens(counted if stored is None else stored.summary()["tokens"], widths)
+    plan = Plan(decoder, selected, recipe, tokens, config, directory, stored, allocated)
     with threads_of_run(directory):
         return plan.execute(resume, progress)
