@@ -16,70 +16,13 @@ model, which the run then carries along.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from lowbit.algorithms import GPTQ, Algorithm, algorithm_options, make_algorithm
-from lowbit.algorithms.base import Quantized
 from lowbit.errors import LowbitError, unknown_name
-from lowbit.tuning.view import BlockView
-
-
-class Fold(Protocol):
-    """Makes a block easier to quantize. Implementations are frozen dataclasses of options."""
-
-    name: ClassVar[str]
-
-    def fold(self, view: BlockView) -> dict[str, Any]:
-        """Changes float parameters of `view.module` in place; its outputs stay what they are.
-
-        Returns:
-            What the manifest records, JSON values. `"changed"` lists the full names of all
-            parameters that were changed: these are quantized, or stored, as they are now, and
-            everything else as the checkpoint has it.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning makes of a block.
-
-    Args:
-        modules: full module name -> codes and grid, for every module that was given.
-        changed: full names of other parameters of the block that were changed in place.
-        report: what the manifest records, JSON values.
-    """
-
-    modules: dict[str, Quantized]
-    changed: tuple[str, ...]
-    report: dict[str, Any]
-
-
-class Tuning(Protocol):
-    """Improves a quantized block as a whole. Implementations are frozen dataclasses of options."""
-
-    name: ClassVar[str]
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a batch: calibration runs with batches of this size."""
-        ...
-
-    def tune(
-        self, view: BlockView, weights: dict[str, Tensor], modules: dict[str, Quantized]
-    ) -> Tuned:
-        """Returns other codes and grids, under which the block's output is no worse.
-
-        Args:
-            view: the block; weights of quantized modules are the decoded ones. They may be changed
-                at will: the run puts in what is returned.
-            weights: full module name -> the float weight `[out_features, in_features]` that was
-                quantized.
-            modules: full module name -> what the algorithm made of it.
-        """
-        ...
+from lowbit.tuning.end_to_end import ScaleTuning
+from lowbit.tuning.rounding import BlockTuning
+from lowbit.tuning.steps import EndToEnd, Fold, Tuning
 
 
 @dataclass(frozen=True)
@@ -91,12 +34,14 @@ class Recipe:
         mismatch: give it `Statistics.cross`.
         fold: changes each block beforehand.
         tuning: improves each block afterwards.
+        end_to_end: improves the finished model.
     """
 
     algorithm: Algorithm
     mismatch: bool = False
     fold: Fold | None = None
     tuning: Tuning | None = None
+    end_to_end: EndToEnd | None = None
 
     @property
     def keeps_reference(self) -> bool:
@@ -106,15 +51,17 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """True if it cannot work without calibration data."""
-        return self.keeps_reference or self.algorithm.needs_statistics
+        return (
+            self.keeps_reference or self.end_to_end is not None or self.algorithm.needs_statistics
+        )
 
     def surroundings(self) -> dict[str, Any]:
         """Returns the recipe without its algorithm, JSON values; empty if there is nothing else."""
         content: dict[str, Any] = {"mismatch": True} if self.mismatch else {}
-        for part in ("fold", "tuning"):
+        for part in ("fold", "tuning", "end_to_end"):
             step = getattr(self, part)
             if step is not None:
-                options = {field.name: getattr(step, field.name) for field in fields(step)}
+                options = {option.name: getattr(step, option.name) for option in fields(step)}
                 content[part] = {"name": step.name, **options}
         return content
 
@@ -126,6 +73,8 @@ class Recipe:
 # How much a run may take for a better result; `docs/design/tuning.md` has what each gives.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(GPTQ()),
+    "balanced": Recipe(GPTQ(), tuning=BlockTuning(iterations=150)),
+    "best": Recipe(GPTQ(), tuning=BlockTuning(iterations=500), end_to_end=ScaleTuning()),
 }
 
 

@@ -22,8 +22,9 @@ from lowbit.calibration.statistics import HessianAccumulator
 from lowbit.calibration.tokens import load_calibration
 from lowbit.checkpoint.journal import Journal
 from lowbit.nn.replace import weight_is_transposed
-from lowbit.recipe import Recipe, Tuned, make_recipe
+from lowbit.recipe import PRESETS, Recipe, make_recipe
 from lowbit.scheme import Scheme
+from lowbit.tuning.steps import Tuned
 from lowbit.tuning.view import BlockView
 
 SAMPLES, SEQLEN, VOCAB = 6, 48, 256
@@ -270,3 +271,71 @@ def test_a_quality_without_data_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(lowbit.LowbitError, match=r"quality fast needs calibration .*--calib"):
         lowbit.quantize(tmp_path / "model", tmp_path / "out", quality="fast", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_presets_on_a_tiny_model(
+    name: str, quality: str, tmp_path: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = PRESETS[quality]
+    assert recipe.tuning is not None
+    short = replace(recipe, tuning=replace(recipe.tuning, iterations=2))  # type: ignore[type-var]
+    if short.end_to_end is not None:
+        short = replace(short, end_to_end=replace(short.end_to_end, steps=2))  # type: ignore[type-var]
+    monkeypatch.setitem(PRESETS, quality, short)
+    build_tiny(name, tmp_path / "model", torch.bfloat16)
+    manifest = run(tmp_path / "model", tmp_path / "out", token_file, quality=quality)
+    assert ("stages" in manifest) == (recipe.end_to_end is not None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert model(torch.arange(1, 33)[None]).logits.isfinite().all()
+
+
+@dataclass(frozen=True)
+class DoubledScales:
+    """Tunes end to end by doubling every scale."""
+
+    name: ClassVar[str] = "doubled"
+
+    def tune(self, shards: list[Path], *_: Any) -> DoubledScales:
+        stored = {key: value for file in shards for key, value in load_file(file).items()}
+        scales = {key: 2 * value for key, value in stored.items() if key.endswith("weight_scale")}
+        object.__setattr__(self, "tensors", scales)
+        return self
+
+    report: ClassVar[dict[str, Any]] = {"factor": 2}
+
+
+@pytest.mark.parametrize("stop", ["tune", "begin_stage", "_rewrite", "finish_stage", "remove"])
+def test_end_to_end_goes_on_after_a_kill(
+    stop: str, tmp_path: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowbit.checkpoint import replacement
+
+    build_tiny("llama", tmp_path / "model", torch.bfloat16)
+    options = {"quality": Recipe(GPTQ(), end_to_end=DoubledScales())}
+    run(tmp_path / "model", tmp_path / "whole", token_file, **options)
+    run(tmp_path / "model", tmp_path / "plain", token_file, algorithm=GPTQ())
+    with monkeypatch.context() as patch:
+        owner: Any = {"tune": DoubledScales, "_rewrite": replacement}.get(stop, Journal)
+        original, calls = getattr(owner, stop), 0
+
+        def killed(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == (2 if stop == "_rewrite" else 1):
+                raise KeyboardInterrupt
+            return original(*args)
+
+        patch.setattr(owner, stop, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "model", tmp_path / "out", token_file, **options)
+    run(tmp_path / "model", tmp_path / "out", token_file, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    plain, out = (
+        {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()}
+        for d in ("plain", "out")
+    )
+    for key, value in out.items():
+        assert torch.equal(value, plain[key] * (2 if key.endswith("weight_scale") else 1)), key

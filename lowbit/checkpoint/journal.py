@@ -37,6 +37,7 @@ class Journal:
     Attributes:
         fingerprint: what the result depends on, JSON values only.
         parts: part name -> {"file", "sha256", "modules": reports}, in the order of completion.
+        stages: name of a step that came after all parts -> its report.
         complete: the run has ended and its directory loads.
     """
 
@@ -44,6 +45,7 @@ class Journal:
         self.directory = directory
         self.fingerprint = fingerprint
         self.parts: dict[str, dict[str, Any]] = {}
+        self.stages: dict[str, Any] = {}
         self.complete = False
 
     @staticmethod
@@ -60,12 +62,14 @@ class Journal:
             journal._write()
             return journal
         _compare(directory, stored["fingerprint"], fingerprint)
-        journal.parts = stored["parts"]
+        journal.parts, journal.stages = stored["parts"], stored.get("stages", {})
         # The journal goes last, so a manifest without one belongs to a finished run.
         journal.complete = not (directory / JOURNAL_NAME).exists()
         for part in journal.parts.values():
             file = directory / part["file"]
-            if not file.exists() or file_digest(file) != part["sha256"]:
+            # Between the two steps of a replacement a shard may be the old one or the new one.
+            whole = (part["sha256"], part.get("replacement"))
+            if not file.exists() or file_digest(file) not in whole:
                 raise LowbitError(
                     f"{file}: this finished shard is missing or has changed since it was written; "
                     "choose a new output directory and start again"
@@ -87,12 +91,38 @@ class Journal:
         self.parts[name] = {"file": file.name, "sha256": digest, "modules": modules, **whole}
         self._write()
 
+    def begin_stage(self, name: str, report: dict[str, Any], digests: dict[str, str]) -> None:
+        """Records that the step `name` is done, up to rewriting shards.
+
+        Args:
+            name: of the step.
+            report: what is to be recorded of it, JSON values.
+            digests: part name -> SHA-256 that its shard will have.
+        """
+        self.stages[name] = report
+        for part, digest in digests.items():
+            self.parts[part]["replacement"] = digest
+        self._write()
+
+    def replacements(self) -> dict[str, str]:
+        """Returns file name -> SHA-256 of the shards that are to be rewritten, or were just."""
+        parts = self.parts.values()
+        return {part["file"]: part["replacement"] for part in parts if "replacement" in part}
+
+    def finish_stage(self) -> None:
+        """Records that all shards are rewritten."""
+        for part in self.parts.values():
+            part["sha256"] = part.pop("replacement", part["sha256"])
+        self._write()
+
     def remove(self) -> None:
         """Removes the journal file: the run is complete."""
         (self.directory / JOURNAL_NAME).unlink(missing_ok=True)
 
     def _write(self) -> None:
         content = {"fingerprint": self.fingerprint, "parts": self.parts}
+        if self.stages:
+            content["stages"] = self.stages
         write_json(self.directory / JOURNAL_NAME, content)
 
 

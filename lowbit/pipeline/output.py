@@ -80,6 +80,7 @@ def manifest(journal: Journal, schemes: dict[str, Scheme]) -> dict[str, Any]:
             "fallbacks": fallbacks,
         },
         "parts": journal.parts,
+        **({"stages": journal.stages} if journal.stages else {}),
     }
 
 

@@ -11,8 +11,10 @@ from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
 from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
 from lowbit.checkpoint.reader import IN_PROGRESS, file_digest
+from lowbit.checkpoint.replacement import begin_replacement, finish_replacement
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
+from lowbit.pipeline.allocation import require_budget
 from lowbit.pipeline.output import digest_json, manifest, side_files, write_index, write_side_files
 from lowbit.pipeline.run import QuantizationRun
 from lowbit.pipeline.source import (
@@ -25,6 +27,9 @@ from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.progress import RunProgress
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
+
+# Tuning has at least as many batches to learn from and to judge, where there are enough windows.
+MIN_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Plan:
         config: what `config.json` will say.
         directory: the output.
         stored: statistics measured before, instead of tokens.
+        allocated: how schemes were chosen to meet a budget, JSON values; None if they were given.
     """
 
     decoder: StreamedDecoder
@@ -66,6 +72,7 @@ class Plan:
     config: LowbitConfig
     directory: Path
     stored: StoredStatistics | None = None
+    allocated: dict[str, Any] | None = None
 
     def execute(self, resume: bool, progress: bool) -> QuantizedCheckpoint:
         """Returns the finished checkpoint; see `output.py` for the order of writing."""
@@ -82,25 +89,53 @@ class Plan:
                 if not journal.complete:
                     self._write_config({"status": IN_PROGRESS})
                     self._run(journal, bar)
-        content = manifest(journal, self.selected)
+        content = self._manifest(journal)
+        if self.allocated is not None:
+            stored_bytes = content["summary"]["quantized_bytes"]
+            require_budget(self.allocated, self.directory, stored_bytes)
         return QuantizedCheckpoint(self.directory, content)
 
     def _run(self, journal: Journal, bar: RunProgress) -> None:
         """Does what is not done yet, then makes the directory valid."""
         tokens = self.tokens
-        tuning = self.recipe.tuning
-        size = BATCH_TOKENS if tuning is None else tuning.batch_tokens
+        size = self._batch_tokens()
         batches = [] if tokens is None else split_batches(tokens.ids, size)
         masks = None if tokens is None or tokens.mask is None else split_batches(tokens.mask, size)
         run = QuantizationRun(
             self.decoder, self.selected, self.recipe, batches, journal, bar, masks, self.stored
         )
         files = run.execute(sentinel_key(self.selected))
+        self._tune_end_to_end(journal, files, bar)
         write_index(self.directory, files)
         write_side_files(self.decoder.checkpoint.path, self.directory)
-        write_json(self.directory / MANIFEST_NAME, manifest(journal, self.selected))
+        write_json(self.directory / MANIFEST_NAME, self._manifest(journal))
         self._write_config({"manifest": MANIFEST_NAME})
         journal.remove()
+
+    def _batch_tokens(self) -> int:
+        """Returns how many tokens are run at once.
+
+        Tuning says what it wants, but never so much that too few batches are left to hold some out.
+        """
+        if self.recipe.tuning is None or self.tokens is None:
+            return BATCH_TOKENS
+        return min(self.recipe.tuning.batch_tokens, self.tokens.ids.numel() // MIN_BATCHES)
+
+    def _tune_end_to_end(self, journal: Journal, files: list[str], bar: RunProgress) -> None:
+        """Lets the recipe improve the finished shards; a killed run goes on where it was."""
+        step = self.recipe.end_to_end
+        if step is None or self.tokens is None:
+            return
+        if step.name not in journal.stages:
+            shards = [self.directory / file for file in files]
+            tokens, mask = self.tokens.ids, self.tokens.mask
+            tuned = step.tune(shards, self.decoder, self.selected, tokens, bar, mask)
+            begin_replacement(journal, tuned.tensors, step.name, tuned.report)
+        finish_replacement(journal)
+
+    def _manifest(self, journal: Journal) -> dict[str, Any]:
+        allocation = {} if self.allocated is None else {"allocation": self.allocated}
+        return {**manifest(journal, self.selected), **allocation}
 
     def fingerprint(self, weights: dict[str, str]) -> Fingerprint:
         """Returns everything that the bytes of the result depend on, as JSON values.

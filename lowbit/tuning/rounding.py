@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowbit.algorithms.base import Quantized
 from lowbit.errors import LowbitError
-from lowbit.recipe import Tuned
+from lowbit.tuning.steps import Tuned
 from lowbit.tuning.trainable import TrainableWeight
 from lowbit.tuning.view import BlockView
 

@@ -110,7 +110,8 @@ class TrainableWeight:
         if self.zeros is not None:
             zeros = self.zeros.round().clamp_(scheme.code_min, scheme.code_max)
         # The start is what it is: a second double quantization need not give the first again.
-        if bool((self.factors != 1).any()) or (zeros is not None and not zeros.equal(grid.zeros)):
+        moved = zeros is not None and grid.zeros is not None and not zeros.equal(grid.zeros)
+        if moved or bool((self.factors != 1).any()):
             scales = self.grid.scales * self.factors
             grid = Grid.storable(scheme, self.grid.in_features, scales, zeros)
         ranks = self.positions.round().clamp_(0, len(self.table) - 1).long()
@@ -151,7 +152,8 @@ class TrainableWeight:
         width = self.grid.scheme.group_width(self.grid.in_features)
         missing = -values.shape[1] % width
         padded = pad(values, (0, missing)) if missing else values
-        return padded.unflatten(1, (-1, width)).sum(-1)
+        sums: Tensor = padded.unflatten(1, (-1, width)).sum(-1)
+        return sums
 
     def result(self) -> Quantized:
         """Returns codes and grid as they would be stored now."""
