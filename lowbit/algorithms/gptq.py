@@ -9,10 +9,10 @@ index of groups, and double quantization is exact.
 
 *Scales fitted twice.* What is rounded is not the weight but the weight plus feedback, which spreads
 wider; a range that is right for the weights clips it. So the scales are fitted to the weights, the
-layer is solved, and they are fitted again to the targets that this solution met; the better of the
-two solutions is kept. Both fits weigh a squared error as the recursion's loss does, by A_kk^2 =
-1 / U_kk^2: the variance of input k that the inputs still to be rounded cannot make up for. diag(H)
-would count what they can. `docs/results/quality.json` has one fit beside two.
+layer is solved, and they are fitted again to the targets that this solution met; of the two
+solutions each row keeps its better one. Both fits weigh a squared error as the recursion's loss
+does, by A_kk^2 = 1 / U_kk^2: the variance of input k that the inputs still to be rounded cannot
+make up for. diag(H) would count what they can. `docs/results/quality.json` has one fit beside two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowbit.algorithms.base import Quantized, Statistics
-from lowbit.algorithms.ldlq import Factor, factorise, solve
+from lowbit.algorithms.ldlq import Factor, better_rows, factorise, solve
 from lowbit.algorithms.rtn import RTN
 from lowbit.algorithms.scales import fit_grid
 from lowbit.errors import LowbitError
@@ -36,7 +36,8 @@ class GPTQ:
     """Quantizes columns in sequence with error feedback.
 
     Args:
-        damp_percent: share of the mean of diag(H) that is added to diag(H), above 0, at most 1.
+        damp_percent: share of the mean of diag(H) that is added to diag(H), above 0, at most 1;
+            more where statistics hold few tokens, see `damping`.
         act_order: visit columns by falling diag(H); False visits them as stored.
         block_size: columns whose feedback is computed together. It changes speed, not results.
         search: search scales for the least squared error; False takes absmax.
@@ -80,7 +81,7 @@ class GPTQ:
                 f"gptq: statistics are of {size} input features, but the weight has "
                 f"{weight.shape[1]}"
             )
-        factor = shared_factor(statistics, self.damp_percent, self.act_order)
+        factor = shared_factor(statistics, damping(self.damp_percent, statistics), self.act_order)
         if factor is None:
             usable = statistics if bool(statistics.hessian.isfinite().all()) else None
             fallback = RTN(self.search).quantize(weight, scheme, usable)
@@ -93,13 +94,25 @@ class GPTQ:
         if self.search and self.refit:
             grid = fit_grid(best.targets, scheme, factor.importance(), self.search)
             again = solve(weight, grid, factor, self.block_size)
-            best = again if again.loss < best.loss else best
+            best = better_rows(best, again)
         report: dict[str, float | int | str] = {"loss": best.loss}
         if factor.damp_percent != self.damp_percent:
             report["damp_percent"] = factor.damp_percent
         if factor.dead.any():
             report["dead_features"] = int(factor.dead.sum())
         return Quantized(best.codes, best.grid, report)
+
+
+def damping(damp_percent: float, statistics: Statistics) -> float:
+    """Returns `damp_percent`, or in_features / tokens where that is more, at most 1.
+
+    From n tokens, H is off by about sqrt(K / n) of itself, most of all in its small eigenvalues,
+    and feedback through those is noise: with fewer tokens than features it makes the weights worse
+    than rounding them. From 100 tokens per feature on this changes nothing at 1%. The figures are
+    in `docs/design/calibration.md`.
+    """
+    few = statistics.hessian.shape[0] / max(statistics.tokens, 1)
+    return max(damp_percent, min(few, 1.0))
 
 
 _last_factor: tuple[weakref.ref[Statistics], tuple[float, bool], Factor | None] | None = None

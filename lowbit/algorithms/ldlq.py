@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quant import Grid, decode, nearest_code, sorted_codebook
+from lowbit.scheme import Scheme
 
 # Rows solved together on a CPU: the block's target and residual (2 x 128 x 4096 fp32) stay near the
 # cache. A GPU takes all rows at once.
@@ -104,13 +105,39 @@ class Solution:
         codes: int8 `[N, K]`.
         grid: the grid they are on.
         targets: float32 `[N, K]`, weights plus feedback: the values that were rounded.
-        loss: mean squared output error, tr(dW H dW^T) / N, without the damping.
+        row_losses: float64 `[N]`, squared output error of each row, dw H dw^T, without the damping.
     """
 
     codes: Tensor
     grid: Grid
     targets: Tensor
-    loss: float
+    row_losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The mean of `row_losses`, tr(dW H dW^T) / N."""
+        return float(self.row_losses.mean())
+
+
+def better_rows(first: Solution, second: Solution) -> Solution:
+    """Returns, row by row, the solution with the lower loss; `first` where they are equal.
+
+    Under double quantization scales of many rows are stored together, so all come from one.
+    """
+    if first.grid.double_quantized is not None:
+        return second if second.loss < first.loss else first
+    better_N = second.row_losses < first.row_losses
+    better_N1 = better_N[:, None]
+    zeros = first.grid.zeros
+    if zeros is not None and second.grid.zeros is not None:
+        zeros = torch.where(better_N1, second.grid.zeros, zeros)
+    scales = torch.where(better_N1, second.grid.scales, first.grid.scales)
+    return Solution(
+        torch.where(better_N1, second.codes, first.codes),
+        Grid(first.grid.scheme, first.grid.in_features, scales, zeros),
+        torch.where(better_N1, second.targets, first.targets),
+        torch.where(better_N, second.row_losses, first.row_losses),
+    )
 
 
 def solve(weight: Tensor, grid: Grid, factor: Factor, block_size: int) -> Solution:
@@ -124,22 +151,33 @@ def solve(weight: Tensor, grid: Grid, factor: Factor, block_size: int) -> Soluti
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     targets = torch.empty_like(weight)
-    total = 0.0
-    rows_per_chunk = ROWS_PER_CHUNK if weight.device.type == "cpu" else weight.shape[0]
-    if _has_kernel(weight.device):
-        block_size = min(block_size, KERNEL_BLOCK)
-    for rows in torch.arange(weight.shape[0], device=weight.device).split(rows_per_chunk):
-        codes_KR, targets_KR, loss = _solve_rows(weight[rows], grid.rows(rows), factor, block_size)
+    row_losses = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
+    block_size = usable_block_size(block_size, weight.device)
+    for rows in row_chunks(weight):
+        codes_KR, targets_KR, losses = _solve_rows(
+            weight[rows], grid.rows(rows), factor, block_size
+        )
         codes[rows[:, None], factor.order] = codes_KR.T
         targets[rows[:, None], factor.order] = targets_KR.T
-        total += loss
-    return Solution(codes, grid, targets, total / weight.shape[0])
+        row_losses[rows] = losses
+    return Solution(codes, grid, targets, row_losses)
+
+
+def row_chunks(weight: Tensor) -> list[Tensor]:
+    """Returns the indices of the rows that are solved together, int64 `[R]` each."""
+    rows_per_chunk = ROWS_PER_CHUNK if weight.device.type == "cpu" else weight.shape[0]
+    return list(torch.arange(weight.shape[0], device=weight.device).split(rows_per_chunk))
+
+
+def usable_block_size(block_size: int, device: torch.device) -> int:
+    """Returns the columns per block that `block_solver` takes, `block_size` at most."""
+    return min(block_size, KERNEL_BLOCK) if _has_kernel(device) else block_size
 
 
 def _solve_rows(
     weight: Tensor, grid: Grid, factor: Factor, block_size: int
-) -> tuple[Tensor, Tensor, float]:
-    """Returns int8 codes and float32 targets `[K, R]`, ordered as `factor`, and the summed loss.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns int8 codes and float32 targets `[K, R]`, ordered as `factor`, and losses `[R]`.
 
     `residual_KR` starts as the weights; a visited row becomes w - q. A block's feedback from all
     blocks before it is one matrix product, and inside the block one product per column: nothing
@@ -148,9 +186,8 @@ def _solve_rows(
     residual_KR = weight.T[factor.order].contiguous()
     targets_KR = residual_KR.clone()
     codes_KR = torch.empty(residual_KR.shape, dtype=torch.int8, device=weight.device)
-    make_solver = _kernel_solver if _has_kernel(weight.device) else _eager_solver
-    solve_block = make_solver(grid, factor)
-    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    solve_block = block_solver(grid, factor)
+    losses = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
     for stop in range(residual_KR.shape[0], 0, -block_size):
         start = max(0, stop - block_size)
         target_BR = targets_KR[start:stop]
@@ -160,15 +197,21 @@ def _solve_rows(
         errors_BR = solve_block(
             start, target_BR, residual_KR[start:stop], codes_KR[start:stop], inner_BB
         )
-        loss += (errors_BR * factor.diagonal[start:stop, None]).square_().sum()
+        losses += (errors_BR * factor.diagonal[start:stop, None]).square_().sum(0)
     # The recursion's loss is that of the damped H.
-    undamped = float(loss) - factor.damp * float(residual_KR.square().sum(dtype=torch.float64))
-    return codes_KR, targets_KR, max(undamped, 0.0)
+    losses -= factor.damp * residual_KR.square().sum(0, dtype=torch.float64)
+    return codes_KR, targets_KR, losses.clamp_min_(0)
 
 
 # Visits the columns of a block that begins at `start`: (start, target [B, R], residual [B, R],
 # codes [B, R], inner [B, B]) -> errors [B, R]; writes target, residual and codes.
 BlockSolver = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def block_solver(grid: Grid, factor: Factor) -> BlockSolver:
+    """Returns the solver of blocks on the device of `factor`."""
+    make_solver = _kernel_solver if _has_kernel(factor.diagonal.device) else _eager_solver
+    return make_solver(grid, factor)
 
 
 def _eager_solver(grid: Grid, factor: Factor) -> BlockSolver:
@@ -178,6 +221,8 @@ def _eager_solver(grid: Grid, factor: Factor) -> BlockSolver:
     scales_GR = grid.scales.T.contiguous()
     zeros_GR = None if grid.zeros is None else grid.zeros.T.contiguous()
 
+    nearest = _nearest_value(grid.scheme, device)
+
     def solve_block(
         start: int, targets: Tensor, residual: Tensor, codes: Tensor, inner: Tensor
     ) -> Tensor:
@@ -186,13 +231,39 @@ def _eager_solver(grid: Grid, factor: Factor) -> BlockSolver:
             group = group_of[start + i]
             scale, zero = scales_GR[group], None if zeros_GR is None else zeros_GR[group]
             target = targets[i].addmv_(residual[i + 1 :].T, inner[i, i + 1 :])
-            codes[i] = code = nearest_code(target, scale, zero, grid.scheme)
-            value = decode(code, scale, zero, grid.scheme)
+            codes[i], value = nearest(target, scale, zero)
             residual[i] -= value
             torch.sub(target, value, out=errors[i])
         return errors
 
     return solve_block
+
+
+def _nearest_value(
+    scheme: Scheme, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """Returns what maps (target, scale, zero) to (code, value): `nearest_code`, then `decode`.
+
+    One search finds both the code and the level of a codebook, and its tables are made once for
+    all columns.
+    """
+    if scheme.codebook is None:
+
+        def nearest(target: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+            code = nearest_code(target, scale, zero, scheme)
+            return code, decode(code, scale, zero, scheme)
+
+        return nearest
+    levels, boundaries, codes = (
+        torch.tensor(values, device=device) for values in sorted_codebook(scheme)
+    )
+    codes = codes.to(torch.int8)
+
+    def nearest_of_table(target: Tensor, scale: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        index = torch.bucketize(target / scale, boundaries, out_int32=True)
+        return codes.index_select(0, index), levels.index_select(0, index).mul_(scale)
+
+    return nearest_of_table
 
 
 def _kernel_solver(grid: Grid, factor: Factor) -> BlockSolver:
