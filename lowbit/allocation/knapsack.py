@@ -23,6 +23,7 @@ Reference: Kellerer, Pferschy, Pisinger 2004, "Knapsack Problems", chapter 11.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ def _relax(groups: list[_Group], budget: int) -> tuple[float, list[int]]:
     hulls = [_hull(group) for group in groups]
     steps = []
     for index, (group, hull) in enumerate(zip(groups, hulls, strict=True)):
-        for before, after in zip(hull[:-1], hull[1:], strict=True):
+        for before, after in itertools.pairwise(hull):
             extra = int(group.sizes[after] - group.sizes[before])
             gain = float(group.losses[before] - group.losses[after])
             steps.append((-gain / extra, index, before, after, extra))

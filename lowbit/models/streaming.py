@@ -229,6 +229,8 @@ class StreamedDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits `[batch, seqlen, vocab]` for what the last block returned.
 
+        With gradients, if `hidden` asks for them.
+
         The model runs with blocks replaced by a function that returns those states, so whatever it
         does after its blocks (norms, projections, scaling) is done by its own code.
         """
@@ -238,7 +240,7 @@ class StreamedDecoder:
 
         width = self.model.get_input_embeddings().embedding_dim
         placeholder = hidden.new_zeros(*hidden.shape[:-1], width)
-        with self._replaced_forwards(inject), torch.no_grad():
+        with self._replaced_forwards(inject), torch.set_grad_enabled(hidden.requires_grad):
             logits: Tensor = self.model(inputs_embeds=placeholder, use_cache=False).logits
         return logits
 
