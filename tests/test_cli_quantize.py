@@ -170,6 +170,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown option": (["--algorithm", "rtn", "--option", "serch=true"], "did you mean 'search'"),
     "option of wrong type": (["--algorithm", "rtn", "--option", "search=3"], "search"),
     "gptq without data": (["--algorithm", "gptq"], "needs calibration data"),
+    "quality without data": (["--quality", "balanced"], "--calibration"),
+    "quality beside algorithm": (["--algorithm", "rtn", "--quality", "fast"], "give one of them"),
+    "unknown quality": (["--quality", "bets"], "did you mean 'best'"),
+    "option without algorithm": (["--option", "search=false"], "--algorithm"),
     "missing text": (["--calibration", "nowhere.txt", "--seqlen", "64"], "nowhere.txt"),
     "text without tokenizer": (["--calibration", "pydoc", "--seqlen", "64"], "tokenizer"),
     "too short": (["--calibration", "TOKENS", "--samples", "9", "--seqlen", "64"], "needs 9"),
@@ -287,7 +291,7 @@ def test_kill_at_random_moments_ends_bit_identical(
     model: Path, tokens: Path, tmp_path: Path
 ) -> None:
     """The short form of scripts/kill_resume.py."""
-    options = ["--calibration", tokens, "--samples", "8", "--seqlen", "64", "--scheme", "W4A16_G32"]
+    options = ["--calibration", tokens, "--samples", "8", "--seqlen", "64", "--quality", "fast"]
     assert run("quantize", model, tmp_path / "whole", *options) == 0
     command = [sys.executable, "-m", "lowbit.cli", "quantize", model, tmp_path / "out", *options]
     for delay in (0.05, 0.4, 0.9):
@@ -343,3 +347,21 @@ def test_inspect_lists_every_tensor_with_its_error(
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "Example" in capsys.readouterr().out
+
+
+def test_the_default_is_said(
+    model: Path,
+    tokens: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lowbit.recipe import PRESETS
+
+    assert run("quantize", model, tmp_path / "plain") == 0
+    assert "algorithm rtn, the default without data" in capsys.readouterr().out
+    monkeypatch.setitem(PRESETS, "balanced", PRESETS["fast"])
+    options = ["--calibration", tokens, "--samples", "8", "--seqlen", "64", "--json"]
+    assert run("quantize", model, tmp_path / "balanced", *options) == 0
+    method = json.loads(capsys.readouterr().out)["method"]
+    assert method == "quality balanced, the default with text"

@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    from lowbit.algorithms import Algorithm
 
 
 def quantize_command(
@@ -23,9 +26,19 @@ def quantize_command(
     scheme: Annotated[str, typer.Option(help="For example W4A16_G64, W3A16_ASYM_G64, NF4_DQ.")] = (
         "W4A16_G64"
     ),
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="fast, balanced or best; balanced where --calibration is given, fast with --stats."
+        ),
+    ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="gptq (needs --calibration or --stats) or rtn.")
-    ] = "gptq",
+        str | None,
+        typer.Option(
+            help="Only this algorithm, nothing around it: gptq (needs --calibration or --stats) "
+            "or rtn. Without any data rtn is the default."
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; repeatable."),
@@ -73,15 +86,18 @@ def quantize_command(
 
     Example: lowbit quantize ./llama ./llama-w4 --scheme W4A16_G64 --calibration text.txt
     """
-    from lowbit.algorithms import make_algorithm
     from lowbit.pipeline import quantize
 
+    chosen, quality, method = _method(
+        algorithm, quality, option or [], calibration is not None, stats is not None
+    )
     with exit_interrupted():
         result = quantize(
             model,
             output,
             scheme=scheme,
-            algorithm=make_algorithm(algorithm, **_options(option or [])),
+            algorithm=chosen,
+            quality=quality,
             calibration=calibration,
             samples=samples,
             seqlen=seqlen,
@@ -98,9 +114,10 @@ def quantize_command(
         )
     summary = result.manifest["summary"]
     if json_output:
-        typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))
+        shown = {"path": str(result.path), "method": method, **summary}
+        typer.echo(json.dumps(shown, indent=2))
     else:
-        _print_summary(result.path, summary)
+        _print_summary(result.path, method, summary)
 
 
 @contextmanager
@@ -111,6 +128,35 @@ def exit_interrupted() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("lowbit: interrupted; finished blocks are kept, --resume goes on", err=True)
         raise typer.Exit(130) from None
+
+
+def _method(
+    algorithm: str | None, quality: str | None, options: list[str], text: bool, stats: bool
+) -> tuple[Algorithm | None, str | None, str]:
+    """Returns the algorithm or else the quality to use, and words that say which.
+
+    Args:
+        algorithm: what the user named, if anything.
+        quality: likewise.
+        options: of the algorithm.
+        text: whether there is calibration text.
+        stats: whether there are stored statistics.
+    """
+    from lowbit.algorithms import make_algorithm
+
+    if options and algorithm is None:
+        raise LowbitError(
+            "--option is for an algorithm; name it with --algorithm, for example gptq"
+        )
+    if algorithm is not None:
+        return make_algorithm(algorithm, **_options(options)), quality, f"algorithm {algorithm}"
+    if quality is not None:
+        return None, quality, f"quality {quality}"
+    if text or stats:
+        # Stored statistics are of the full-precision model and of single layers; all else runs it.
+        quality = "balanced" if text else "fast"
+        return None, quality, f"quality {quality}, the default with {'text' if text else 'stats'}"
+    return make_algorithm("rtn"), None, "algorithm rtn, the default without data"
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -140,11 +186,12 @@ def _dynamic(pairs: list[str]) -> dict[str, str | None]:
     return table
 
 
-def _print_summary(path: Path, summary: dict[str, Any]) -> None:
+def _print_summary(path: Path, method: str, summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     table.add_row("written", str(path))
     table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
+    table.add_row("method", method)
     table.add_row("schemes", ", ".join(summary["schemes"]))
     table.add_row("quantized weights", f"{summary['quantized_weights']:,}")
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (scales included)")
