@@ -184,6 +184,66 @@ def output_error(weight: Array, quantized: Array, hessian: Array) -> float:
     return float(np.einsum("nk,kl,nl->", delta, hessian, delta)) / weight.shape[0]
 
 
+# Refinement and input mismatch
+
+
+def coordinate_descent(
+    weight: Array,
+    values: Array,
+    hessian: Array,
+    order: Sequence[int],
+    quantize: Callable[[Array, int], Array],
+) -> tuple[Array, Array]:
+    """Returns (quantized weights, targets), both `[N, K]`, after one visit of each column.
+
+    Behdin et al. 2023, "QuantEase", eq. 6 and 7: with everything else fixed the loss is a parabola
+    in column i, whose minimum is the target; its nearest value on the grid is the best one.
+
+    Args:
+        weight: float64 `[N, K]`.
+        values: float64 `[N, K]`, the quantized weights to begin with.
+        hessian: float64 `[K, K]`.
+        order: columns in the order of visiting.
+        quantize: maps (targets `[N]`, column) to the values on the grid.
+    """
+    quantized, targets = values.copy(), np.empty_like(weight)
+    for i in order:
+        # d/dq_i of (w - q) H (w - q)^T = 0, where q_i is left out of the sum.
+        rest = np.delete(np.arange(len(hessian)), i)
+        pull = (weight[:, rest] - quantized[:, rest]) @ hessian[rest, i]
+        targets[:, i] = weight[:, i] + pull / hessian[i, i]
+        quantized[:, i] = quantize(targets[:, i], i)
+    return quantized, targets
+
+
+def best_factor(error: Array, part: Array, hessian: Array) -> float:
+    """Returns the x that minimises (error - x part) H (error - x part)^T, by least squares.
+
+    Args:
+        error: float64 `[K]`.
+        part: float64 `[K]`, not zero.
+        hessian: float64 `[K, K]`, positive definite.
+    """
+    root = np.linalg.cholesky(hessian).T
+    return float(np.linalg.lstsq((root @ part)[:, None], root @ error, rcond=None)[0][0])
+
+
+def mismatched_weight(weight: Array, x_ref: Array, x: Array, damp: float) -> Array:
+    """Returns the V `[N, K]` that minimises mean |W x_ref - V x|^2 + damp |V - W|^2.
+
+    Least squares over tokens, with one more observation for each entry of the penalty.
+
+    Args:
+        weight: float64 `[N, K]`.
+        x_ref: float64 `[tokens, K]`, inputs in the full-precision model.
+        x: float64 `[tokens, K]`, the inputs there really are.
+        damp: what is added to the diagonal of the mean of x x^T.
+    """
+    penalty = math.sqrt(damp * len(x)) * np.eye(x.shape[1])
+    inputs, wanted = np.vstack([x, penalty]), np.vstack([x_ref @ weight.T, penalty @ weight.T])
+    return np.linalg.lstsq(inputs, wanted, rcond=None)[0].T
+
+
 # Integer activations
 
 

@@ -13,6 +13,11 @@ layer is solved, and they are fitted again to the targets that this solution met
 solutions each row keeps its better one. Both fits weigh a squared error as the recursion's loss
 does, by A_kk^2 = 1 / U_kk^2: the variance of input k that the inputs still to be rounded cannot
 make up for. diag(H) would count what they can. `docs/results/quality.json` has one fit beside two.
+
+*Refinement.* Columns and scales are then visited again, `sweeps` times (`refine.py`).
+
+*Input mismatch.* Where statistics have `cross`, all of this aims at the weight that gives the
+full-precision model's outputs on the inputs that the layer really gets (`mismatch.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from torch import Tensor
 
 from lowbit.algorithms.base import Quantized, Statistics
 from lowbit.algorithms.ldlq import Factor, better_rows, factorise, solve
+from lowbit.algorithms.mismatch import corrected_weight
+from lowbit.algorithms.refine import refine
 from lowbit.algorithms.rtn import RTN
 from lowbit.algorithms.scales import fit_grid
 from lowbit.errors import LowbitError
@@ -42,6 +49,10 @@ class GPTQ:
         block_size: columns whose feedback is computed together. It changes speed, not results.
         search: search scales for the least squared error; False takes absmax.
         refit: fit the scales a second time, to the targets of a first solution (twice the time).
+        sweeps: times that all codes and scales are reconsidered afterwards; a sweep takes about as
+            long as a solution. 0 for plain GPTQ.
+        mismatch: share of the correction for inputs that differ from those of the full-precision
+            model, 0 to 1, where the run measures them (`Statistics.cross`).
     """
 
     name: ClassVar[str] = "gptq"
@@ -50,6 +61,8 @@ class GPTQ:
     block_size: int = 128
     search: bool = True
     refit: bool = True
+    sweeps: int = 0
+    mismatch: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_percent <= 1:
@@ -59,6 +72,13 @@ class GPTQ:
             )
         if self.block_size < 1:
             raise LowbitError(f"gptq: block_size {self.block_size} is not positive; use 128")
+        if self.sweeps < 0:
+            raise LowbitError(f"gptq: sweeps {self.sweeps} is negative; use 0 for none, or 4")
+        if not 0 <= self.mismatch <= 1:
+            raise LowbitError(
+                f"gptq: mismatch {self.mismatch} is out of range; use 0 for none of the "
+                "correction to 1 for all of it"
+            )
 
     @property
     def needs_statistics(self) -> bool:
@@ -86,33 +106,46 @@ class GPTQ:
             usable = statistics if bool(statistics.hessian.isfinite().all()) else None
             fallback = RTN(self.search).quantize(weight, scheme, usable)
             return Quantized(fallback.codes, fallback.grid, {**fallback.report, "fallback": "rtn"})
-        # A feature that was never active says nothing about its weights: they become zero, here,
-        # so that the scales are not fitted to them either.
-        weight = weight.detach().float().masked_fill(factor.dead, 0.0)
+        weight, report = self._target(weight, statistics, factor)
         grid = fit_grid(weight, scheme, factor.importance(), self.search)
         best = solve(weight, grid, factor, self.block_size)
         if self.search and self.refit:
             grid = fit_grid(best.targets, scheme, factor.importance(), self.search)
-            again = solve(weight, grid, factor, self.block_size)
-            best = better_rows(best, again)
-        report: dict[str, float | int | str] = {"loss": best.loss}
+            best = better_rows(best, solve(weight, grid, factor, self.block_size))
+        if self.sweeps:
+            report["loss_before_sweeps"] = best.loss
+            best = refine(weight, best, statistics.hessian, factor, self.sweeps, self.block_size)
+        report["loss"] = best.loss
         if factor.damp_percent != self.damp_percent:
             report["damp_percent"] = factor.damp_percent
         if factor.dead.any():
             report["dead_features"] = int(factor.dead.sum())
         return Quantized(best.codes, best.grid, report)
 
+    def _target(
+        self, weight: Tensor, statistics: Statistics, factor: Factor
+    ) -> tuple[Tensor, dict[str, float | int | str]]:
+        """Returns the float32 weight to aim for, and what the report says of it."""
+        weight = weight.detach().float()
+        # A feature that was never active says nothing about its weights: they become zero, here,
+        # so that the scales are not fitted to them either.
+        plain = weight.masked_fill(factor.dead, 0.0)
+        if statistics.cross is None or self.mismatch == 0:
+            return plain, {}
+        corrected = corrected_weight(weight, statistics, factor, self.mismatch)
+        change = float((corrected - plain).norm() / plain.norm().clamp_min(1e-30))
+        return corrected, {"mismatch_correction": change}
+
 
 def damping(damp_percent: float, statistics: Statistics) -> float:
-    """Returns `damp_percent`, or in_features / tokens where that is more, at most 1.
+    """Returns `damp_percent`, or (in_features / tokens)^2 where that is more, at most 1.
 
-    From n tokens, H is off by about sqrt(K / n) of itself, most of all in its small eigenvalues,
-    and feedback through those is noise: with fewer tokens than features it makes the weights worse
-    than rounding them. From 100 tokens per feature on this changes nothing at 1%. The figures are
-    in `docs/design/calibration.md`.
+    An H of few tokens is noise in its small eigenvalues, and feedback through those makes the
+    weights worse than rounding them. How much damping is best was measured: about 1 below two
+    tokens a feature, a few hundredths at five. From ten on this changes nothing at 1%.
     """
     few = statistics.hessian.shape[0] / max(statistics.tokens, 1)
-    return max(damp_percent, min(few, 1.0))
+    return max(damp_percent, min(few**2, 1.0))
 
 
 _last_factor: tuple[weakref.ref[Statistics], tuple[float, bool], Factor | None] | None = None

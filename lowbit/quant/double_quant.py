@@ -54,7 +54,32 @@ class DoubleQuantizedScales:
             rows = torch.arange(self.codes.shape[0], device=device)
         block = rows[:, None] * groups + torch.arange(groups, device=device)
         block //= DOUBLE_QUANT_BLOCK
-        codes = self.codes[rows]
+        return self._decoded(self.codes[rows], block, scale_dtype)
+
+    def nearest(
+        self, scales: Tensor, scale_dtype: torch.dtype, rows: Tensor, group: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns codes and values nearest to `scales` with the offsets and steps as they are.
+
+        Args:
+            scales: float32 `[n]`, for group `group` of each of `rows`; signs as stored.
+            scale_dtype: the scheme's scale dtype.
+            rows: int64 `[n]`.
+            group: index of the group.
+
+        Returns:
+            uint8 `[n]`, and what it decodes to, float32 `[n]`, exact in `scale_dtype`.
+        """
+        block = (rows * self.codes.shape[1] + group) // DOUBLE_QUANT_BLOCK
+        step = self.step.float()[block].clamp_min(torch.finfo(torch.float32).tiny)
+        codes = ((scales.abs() - self.offset.float()[block]) / step).round()
+        codes = codes.clamp(0, 127 if self.signed else 255).to(torch.uint8)
+        if self.signed:
+            codes = torch.where(scales < 0, codes | 0x80, codes)
+        return codes, self._decoded(codes, block, scale_dtype)
+
+    def _decoded(self, codes: Tensor, block: Tensor, scale_dtype: torch.dtype) -> Tensor:
+        """Returns the scales of `codes`, which are in the blocks `block`."""
         magnitude_codes = codes & 0x7F if self.signed else codes
         # fp32 holds bf16 * 8-bit code exactly; only the sum rounds, once, then the cast.
         scales = self.offset.float()[block] + self.step.float()[block] * magnitude_codes.float()
