@@ -37,7 +37,7 @@ app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Prints a warning as a sentence, without the line of code that it came from."""
     print(f"lowbit: warning: {message}", file=sys.stderr)
 
