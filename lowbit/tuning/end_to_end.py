@@ -23,16 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.reader import TensorEntry, read_header
+from lowbit.checkpoint.replacement import begin_replacement, finish_replacement
 from lowbit.errors import LowbitError
 from lowbit.models.layers import find_decoder_layers
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.progress import RunProgress
 from lowbit.scheme import Scheme
-from lowbit.tuning.packed_model import ScaledWeight, checkpoint_blocks, packed_model
+from lowbit.tuning.packed_model import checkpoint_blocks, packed_model
 
 # Logits that exist at a time, [tokens, vocabulary]; several fp32 tensors of that size do.
 _LOGITS = 1 << 26
+# Of Adam. Few steps are taken, so the second moment must not remember longer than they last; the
+# epsilon stays below any gradient, or it would decide about small ones.
+_BETAS, _EPSILON = (0.9, 0.99), 1e-12
 # Tokens that the original runs at a time.
 _TOKENS = 4096
 
@@ -45,7 +50,8 @@ class TunedScales:
         tensors: stored name -> tensor that replaces it, of the same shape and dtype; empty if
             nothing was better than the start.
         report: `kl_before` and `kl_after` in nats per token on windows that were not trained on,
-            `step` of the result, `kept` whether it replaces the start; JSON values.
+            `step` of the result, `kept` whether it replaces the start, `judged` (step, KL) of every
+            judgement; JSON values.
     """
 
     tensors: dict[str, Tensor]
@@ -74,9 +80,27 @@ class ScaleTuning:
     held_out: float = 0.125
     evaluations: int = 10
     warmup: float = 0.05
-    beta2: float = 0.99
     seed: int = 0
     name: ClassVar[str] = "end_to_end"
+
+    def apply(
+        self,
+        journal: Journal,
+        decoder: StreamedDecoder,
+        selected: Mapping[str, Scheme],
+        tokens: Tensor,
+        progress: RunProgress,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Tunes the finished shards of a run on disk, or goes on where that was interrupted.
+
+        The report goes to `journal.stages`; see `tune` for the other arguments and errors.
+        """
+        if self.name not in journal.stages:
+            shards = [journal.directory / part["file"] for part in journal.parts.values()]
+            tuned = self.tune(shards, decoder, selected, tokens, progress, mask)
+            begin_replacement(journal, tuned.tensors, self.name, tuned.report)
+        finish_replacement(journal)
 
     def tune(
         self,
@@ -154,42 +178,42 @@ class _Tuner:
         """Returns the best that was seen."""
         options = self.options
         scales = [weight.log_factor.requires_grad_(True) for weight in self.weights]
-        groups = [{"params": scales, "rate": options.learning_rate}]
-        if self.vectors:
-            groups.append({"params": [v.change for v in self.vectors], "rate": options.vector_rate})
-        optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, options.beta2), eps=1e-12)
+        changes = [vector.change for vector in self.vectors]
+        rates = [options.learning_rate] * len(scales) + [options.vector_rate] * len(changes)
+        parameters: list[Tensor] = [*scales, *changes]
+        groups = [{"params": [p]} for p in parameters]
+        optimizer = torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON)
         self.progress.stage("tuning end to end", options.steps)
-        before = best = self.judge()
-        best_step, best_values = 0, None
-        parameters = [p for group in groups for p in group["params"]]
-        trace = [(0, before)]
+        judged = [[0, self.judge()]]
+        best_step, best_values, best = 0, [p.detach().clone() for p in parameters], judged[0][1]
         for step, windows in enumerate(self._batches(), 1):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * self._schedule(step)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self._schedule(step)
             self._accumulate(windows)
             optimizer.step()
             optimizer.zero_grad()
             if step in self.judged_at:
-                kl = self.judge()
-                trace.append((step, kl))
-                if kl < best:
-                    best, best_step = kl, step
+                judged.append([step, self.judge()])
+                if judged[-1][1] < best:
+                    best_step, best = step, judged[-1][1]
                     best_values = [p.detach().clone() for p in parameters]
             self.progress.describe(f"tuning end to end   KL {best:.4f}")
             self.progress.advance(1)
         tensors: dict[str, Tensor] = {}
-        if best_values is not None:
+        if best_step:
             with torch.no_grad():
                 for parameter, value in zip(parameters, best_values, strict=True):
                     parameter.copy_(value)
-            for part in (*self.weights, *self.vectors):
-                tensors |= part.tensors()
+            for weight in self.weights:
+                tensors |= weight.tensors()
+            for vector in self.vectors:
+                tensors |= vector.tensors()
         report = {
-            "kl_before": before,
+            "kl_before": judged[0][1],
             "kl_after": best,
             "step": best_step,
-            "kept": best_values is not None,
-            "trace": trace,
+            "kept": best_step > 0,
+            "judged": judged,
         }
         return TunedScales(tensors, report)
 

@@ -2,7 +2,7 @@
 
 What is in memory is what is on disk: codes stay packed, and each product decodes its weight in
 slices of rows, in the forward pass and again in the backward pass. Of a product nothing is kept
-between the two but its input, and of a block (see `checkpoint_blocks`) nothing but that of the block.
+between the two but its input, and of a block (`checkpoint_blocks`) nothing but the block's input.
 
 Shapes: `x_MK` activations with any leading dimensions, `w_NK` the weight, `scales_NG`.
 """
@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
                 grad_x.addmm_(grad_MN[:, rows], w_NK)
             grad_w_NK = (grad_MN[:, rows].T @ x_MK).float()
             grad_scales[rows] = _group_sums(grad_w_NK.mul_(levels), ctx.weight.start)
-        return grad_x.view_as(x), grad_scales, None
+        return grad_x.view(x.shape), grad_scales, None
 
 
 def _decoded(
@@ -131,11 +131,13 @@ def _group_sums(values: Tensor, grid: Grid) -> Tensor:
     width = grid.scheme.group_width(grid.in_features)
     missing = -values.shape[1] % width
     padded = pad(values, (0, missing)) if missing else values
-    return padded.unflatten(1, (-1, width)).sum(2)
+    return padded.view(len(values), -1, width).sum(2)
 
 
 class ScaledLinear(nn.Module):
     """`x w^T + bias`, in place of a linear layer, a Conv1D or a tied head."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: ScaledWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., out_features]` in x's dtype."""
-        product = cast(Tensor, _Product.apply(x, self.scaled.scales(), self.scaled))
+        product: Tensor = _Product.apply(x, self.scaled.scales(), self.scaled)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
 
