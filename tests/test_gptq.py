@@ -269,3 +269,14 @@ def test_missing_or_foreign_statistics_are_refused() -> None:
         GPTQ().quantize(weight_of(4, 64), Scheme(), None)
     with pytest.raises(LowbitError, match=r"statistics are of 32 input features, .* has 64"):
         GPTQ().quantize(weight_of(4, 64), Scheme(), statistics_of(32))
+
+
+def test_few_tokens_raise_the_damping_and_the_report_says_so() -> None:
+    hessian, weight, scheme = statistics_of(96).hessian, weight_of(8, 96), Scheme.parse("W3A16_G32")
+    for tokens, expected in ((10, 1.0), (96, 1.0), (192, 0.25), (480, 0.04)):
+        statistics = Statistics(hessian, tokens)
+        result = GPTQ().quantize(weight, scheme, statistics)
+        assert result.report["damp_percent"] == pytest.approx(expected)
+        fixed = GPTQ(damp_percent=expected).quantize(weight, scheme, Statistics(hessian, 96_000))
+        assert torch.equal(result.codes, fixed.codes)
+    assert "damp_percent" not in GPTQ().quantize(weight, scheme, Statistics(hessian, 970)).report
