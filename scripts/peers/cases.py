@@ -40,7 +40,7 @@ OURS = "lowbit"
 OUR_CODE = (
     "lowbit/*.py",
     *(f"lowbit/{part}/**/*.py" for part in ("algorithms", "calibration", "models", "pipeline")),
-    *(f"lowbit/{part}/**/*.py" for part in ("quant", "tuning")),
+    *(f"lowbit/{part}/**/*.py" for part in ("checkpoint", "quant", "tuning")),
 )
 QUICK_ITERATIONS = 20
 
