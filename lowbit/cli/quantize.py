@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from lowbit.cli.allocation import allocation_of, print_allocation
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
@@ -59,6 +60,25 @@ def quantize_command(
         Path | None,
         typer.Option(help="Statistics that `lowbit calibrate` wrote, instead of --calibration."),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Choose a scheme per layer: at most so many bits per weight, 3.5."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(help="The same for the size of all .safetensors files: 4.2GB, 900MiB."),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCHEME", help="What to choose from; repeatable."),
+    ] = None,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="q, k, v (gate, up) may get different schemes.")
+    ] = False,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(help="Keep what was measured for the choice here; read if it exists."),
+    ] = None,
     dynamic: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +125,9 @@ def quantize_command(
             text_field=text_field,
             loss_mask=loss_mask,
             stats=stats,
+            allocation=allocation_of(
+                target_bits, target_size, choice or [], unfused, sensitivities
+            ),
             device=device,
             dynamic=_dynamic(dynamic or []),
             modules_to_not_convert=tuple(keep or ()),
@@ -112,11 +135,14 @@ def quantize_command(
             quantize_embeddings=quantize_embeddings,
             resume=resume,
         )
-    summary = result.manifest["summary"]
+    summary, allocation = result.manifest["summary"], result.manifest.get("allocation")
     if json_output:
         shown = {"path": str(result.path), "method": method, **summary}
+        shown |= {"allocation": allocation} if allocation else {}
         typer.echo(json.dumps(shown, indent=2))
     else:
+        if allocation:
+            print_allocation(allocation)
         _print_summary(result.path, method, summary)
 
 
