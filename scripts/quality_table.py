@@ -8,6 +8,8 @@ domain far from the books that the model learned.
     rtn          the same with searched scales, weighted by the calibration's activations
     gptq one fit with scales fitted to the original weights only
     gptq         the default: scales fitted again to the targets of the first solution
+    gptq swept   and then every code and scale reconsidered, four times
+    gptq aimed   the same, towards the full-precision model's outputs on the inputs there really are
 
 A seed draws the calibration windows from the pool, so the spread over seeds is what another draw
 of calibration data would change.
@@ -25,11 +27,13 @@ import torch
 from lowbit_eval import EvaluationResult, evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowbit import make_algorithm, quantize
+from lowbit import quantize
+from lowbit.algorithms import GPTQ, RTN
 from lowbit.calibration.tokens import TokenWindows, load_windows
 from lowbit.errors import LowbitError
 from lowbit.hf.loading import quiet_libraries
 from lowbit.progress import RunProgress
+from lowbit.recipe import Recipe
 from scripts import command_line
 from scripts.provenance import RESULTS, ROOT, write_result
 
@@ -40,12 +44,14 @@ TEST = ASSETS / "books-4m-test.safetensors"
 SEQLEN = 512
 SCHEMES = ("W4A16_G64", "W3A16_G64", "W2A16_G64")
 
-# Name in the table -> algorithm, its options, whether it sees calibration data.
-METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "rtn absmax": ("rtn", {"search": False}, False),
-    "rtn": ("rtn", {}, True),
-    "gptq one fit": ("gptq", {"refit": False}, True),
-    "gptq": ("gptq", {}, True),
+# Name in the table -> what is done to each block, whether it sees calibration data.
+METHODS: dict[str, tuple[Recipe, bool]] = {
+    "rtn absmax": (Recipe(RTN(search=False)), False),
+    "rtn": (Recipe(RTN()), True),
+    "gptq one fit": (Recipe(GPTQ(refit=False)), True),
+    "gptq": (Recipe(GPTQ()), True),
+    "gptq swept": (Recipe(GPTQ(sweeps=4)), True),
+    "gptq aimed": (Recipe(GPTQ(sweeps=4), mismatch=True), True),
 }
 
 
@@ -66,13 +72,13 @@ def load(directory: Path) -> Any:
 
 def measure(scheme: str, method: str, seed: int, sets: dict[str, TokenWindows]) -> dict[str, Any]:
     """Returns the scores of one quantized model on every test set."""
-    name, options, uses_data = METHODS[method]
+    recipe, uses_data = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         quantized = quantize(
             MODEL,
             Path(folder) / "quantized",
             scheme=scheme,
-            algorithm=make_algorithm(name, **options),
+            quality=recipe,
             calibration=CALIBRATION if uses_data else None,
             seed=seed,
             progress=False,
@@ -152,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> None:
     cells = [
         (scheme, method, seed)
         for scheme in SCHEMES
-        for method, (_, _, uses_data) in METHODS.items()
+        for method, (_, uses_data) in METHODS.items()
         for seed in range(arguments.seeds if uses_data else 1)
     ]
     runs = []
