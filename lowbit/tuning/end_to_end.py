@@ -14,6 +14,7 @@ last block returns is kept; its final norm and output head make logits of that w
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.reader import TensorEntry, read_header
-from lowbit.checkpoint.replacement import begin_replacement, finish_replacement
-from lowbit.errors import LowbitError
 from lowbit.models.layers import find_decoder_layers
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.progress import RunProgress
@@ -48,7 +46,7 @@ class TunedScales:
 
     Args:
         tensors: stored name -> tensor that replaces it, of the same shape and dtype; empty if
-            nothing was better than the start.
+            nothing was better than the start (written by `checkpoint/replacement.py`).
         report: `kl_before` and `kl_after` in nats per token on windows that were not trained on,
             `step` of the result, `kept` whether it replaces the start, `judged` (step, KL) of every
             judgement; JSON values.
@@ -64,7 +62,7 @@ class ScaleTuning:
 
     Args:
         steps: of the optimizer.
-        learning_rate: largest relative step of a scale; None chooses by the width of the codes.
+        learning_rate: largest relative step of a scale.
         vector_rate: the same for norm weights and biases, relative to their RMS; 0 leaves them.
         batch_windows: calibration windows per step.
         held_out: share of the windows that only judge.
@@ -82,25 +80,6 @@ class ScaleTuning:
     warmup: float = 0.05
     seed: int = 0
     name: ClassVar[str] = "end_to_end"
-
-    def apply(
-        self,
-        journal: Journal,
-        decoder: StreamedDecoder,
-        selected: Mapping[str, Scheme],
-        tokens: Tensor,
-        progress: RunProgress,
-        mask: Tensor | None = None,
-    ) -> None:
-        """Tunes the finished shards of a run on disk, or goes on where that was interrupted.
-
-        The report goes to `journal.stages`; see `tune` for the other arguments and errors.
-        """
-        if self.name not in journal.stages:
-            shards = [journal.directory / part["file"] for part in journal.parts.values()]
-            tuned = self.tune(shards, decoder, selected, tokens, progress, mask)
-            begin_replacement(journal, tuned.tensors, self.name, tuned.report)
-        finish_replacement(journal)
 
     def tune(
         self,
@@ -121,22 +100,25 @@ class ScaleTuning:
             progress: told about steps.
             mask: bool `[windows, seqlen]`, the tokens that count; None for all.
 
-        Raises:
-            LowbitError: for fewer than two windows, or a scheme that rounds activations.
+        It warns, and the report says under `skipped`, where there is nothing that it could do: for
+        a single window, which cannot both be learned from and judge, and for schemes that round
+        activations, which this stage does not.
         """
-        if len(tokens) < 2:
-            raise LowbitError(
-                f"end-to-end tuning needs at least 2 calibration windows, got {len(tokens)}: one "
-                "to learn from and one to judge; give more text"
-            )
-        for name, scheme in selected.items():
-            if scheme.activations is not None:
-                raise LowbitError(
-                    f"{name}: end-to-end tuning is for weight-only schemes, but {scheme} rounds "
-                    "activations as well; leave it out of the recipe"
-                )
+        skipped = _reason_to_skip(selected, len(tokens))
+        if skipped is not None:
+            warnings.warn(f"end-to-end tuning is left out: {skipped}", stacklevel=2)
+            return TunedScales({}, {"kept": False, "skipped": skipped})
         entries = {entry.name: entry for file in shards for entry in read_header(file)}
         return _Tuner(self, decoder, entries, selected, tokens, mask, progress).run()
+
+
+def _reason_to_skip(selected: Mapping[str, Scheme], windows: int) -> str | None:
+    if windows < 2:
+        return f"it needs at least 2 calibration windows, got {windows}"
+    for name, scheme in selected.items():
+        if scheme.activations is not None:
+            return f"it is for weight-only schemes, but {scheme} of {name} rounds activations"
+    return None
 
 
 class _Tuner:
