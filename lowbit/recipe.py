@@ -73,8 +73,13 @@ class Recipe:
 # How much a run may take for a better result; `docs/design/tuning.md` has what each gives.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(GPTQ()),
-    "balanced": Recipe(GPTQ(), tuning=BlockTuning(iterations=150)),
-    "best": Recipe(GPTQ(), tuning=BlockTuning(iterations=500), end_to_end=ScaleTuning()),
+    "balanced": Recipe(GPTQ(sweeps=2), mismatch=True, tuning=BlockTuning(iterations=150)),
+    "best": Recipe(
+        GPTQ(sweeps=4),
+        mismatch=True,
+        tuning=BlockTuning(iterations=500),
+        end_to_end=ScaleTuning(),
+    ),
 }
 
 
