@@ -96,6 +96,27 @@ def kill_resume(result: dict[str, Any]) -> str:
     )
 
 
+def allocation(result: dict[str, Any]) -> str:
+    """Returns the table of `allocation_table.py`."""
+    rows = [
+        [
+            f"{row['budget']}, {row['method']}",
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['kl']:.5f} ± {row['kl_standard_error']:.5f}",
+            "-" if row["kl_seed_deviation"] is None else f"{row['kl_seed_deviation']:.5f}",
+        ]
+        for row in result["summary"]
+    ]
+    seeds, windows = result["summary"][0]["seeds"], result["tests"]["sampled"]["windows"]
+    title = (
+        f"The bundled model, plain GPTQ, {result['calibration']['samples']} calibration windows, "
+        f"{seeds} seeds; KL to the original in nats per token on {windows} windows of text "
+        "sampled from it. Every budget is the bits of the uniform scheme.\n\n"
+    )
+    header = ["", "bits", "KL", "sd over seeds"]
+    return title + markdown_table(header, rows) + "\n\n" + footnote(result)
+
+
 def kernels(result: dict[str, Any]) -> str:
     """Returns the code of the fused kernels for sm_90, from `inspect_kernels.py`."""
     entries = result["kernels"]
@@ -258,6 +279,7 @@ def _peer_row(row: dict[str, Any], tests: Sequence[str], draws: int) -> list[str
 # Candidates of ours in cpu.json, the default first.
 CPU_OWN = ("lowbit A16", "lowbit A8")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "allocation": allocation,
     "quality": quality,
     "memory": memory,
     "kill_resume": kill_resume,

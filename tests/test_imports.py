@@ -26,6 +26,16 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "nn": {"errors", "memory", "scheme", "quant", "backends", "ops"},
     "models": {"errors", "scheme", "quant", "calibration", "checkpoint", "nn"},
+    "allocation": {
+        "errors",
+        "memory",
+        "progress",
+        "scheme",
+        "algorithms",
+        "calibration",
+        "nn",
+        "models",
+    },
     "hf": {
         "errors",
         "memory",
