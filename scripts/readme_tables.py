@@ -117,6 +117,26 @@ def allocation(result: dict[str, Any]) -> str:
     return title + markdown_table(header, rows) + "\n\n" + footnote(result)
 
 
+def activations(result: dict[str, Any]) -> str:
+    """Returns the cost of int8 activations, from `activation_table.py`."""
+    rows = []
+    for run in result["runs"]:
+        kl, flips = run["divergence"]["mean"], run["divergence"]["flips"]
+        covers = run["scale"] if run["scale"] is None or isinstance(run["scale"], str) else None
+        scale = covers or ("-" if run["scale"] is None else f"percentile {run['scale']:g}")
+        rows.append(
+            [
+                f"{run['scheme']} {run['algorithm']}",
+                scale,
+                f"{kl['mean']:.5f} ± {kl['standard_error']:.5f}",
+                f"{100 * flips['mean']:.2f}%",
+                f"{run['perplexity_ratio']['ratio']:.4f}",
+            ]
+        )
+    header = ["", "calibrated scale", "KL", "flips", "perplexity / original"]
+    return markdown_table(header, rows) + "\n\n" + footnote(result)
+
+
 def kernels(result: dict[str, Any]) -> str:
     """Returns the code of the fused kernels for sm_90, from `inspect_kernels.py`."""
     entries = result["kernels"]
@@ -283,6 +303,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "memory": memory,
     "kill_resume": kill_resume,
+    "activations": activations,
     "kernels": kernels,
     "cpu": cpu,
     "peers": peers,
