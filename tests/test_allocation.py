@@ -22,9 +22,10 @@ from lowbit.allocation import sensitivity
 from lowbit.allocation.allocate import Allocation, dynamic_rules
 from lowbit.allocation.budget import parse_size
 from lowbit.allocation.fusion import fusion_groups
-from lowbit.allocation.sensitivity import SensitivityRun
+from lowbit.allocation.sensitivity import Sensitivities, SensitivityRun
 from lowbit.checkpoint import Checkpoint
 from lowbit.cli import main
+from lowbit.models.layers import find_decoder_layers
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.nn.replace import weight_is_transposed
 from lowbit.pipeline.sizes import written_bytes
@@ -56,14 +57,15 @@ def quantize(model: Path, output: Path, tokens: Path | None, **options: Any) -> 
     return lowbit.quantize(model, output, **{"calibration": tokens, **settings, **options})
 
 
-def measure(model: Path, ids: Tensor, mask: Tensor | None = None) -> dict[str, dict[str, float]]:
+def measure(model: Path, ids: Tensor, mask: Tensor | None = None) -> Sensitivities:
     decoder = StreamedDecoder(Checkpoint.open(model), torch.float32, torch.device("cpu"))
     names = [n for n, m in decoder.model.named_modules() if is_linear(n, m)]
+    groups = fusion_groups(names)
     batches, masks = list(ids.split(3)), None if mask is None else list(mask.split(3))
     schemes = [Scheme.parse(option) for option in OPTIONS]
     with RunProgress(False) as bar:
-        run = SensitivityRun(decoder, batches, masks, names, schemes, ROUNDING, 0, bar)
-        return run.measure().losses
+        run = SensitivityRun(decoder, batches, masks, groups, schemes, ROUNDING, 0, bar)
+        return run.measure()
 
 
 def is_linear(name: str, module: nn.Module) -> bool:
@@ -74,6 +76,20 @@ def is_linear(name: str, module: nn.Module) -> bool:
 def most_likely(log_p: Tensor, _: object) -> Tensor:
     """Stands in for drawing, so that an oracle can have the same tokens."""
     return log_p.argmax(-1, keepdim=True)
+
+
+def keep_input(inputs: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+        inputs.setdefault(name, args[0].detach().flatten(0, -2))
+
+    return hook
+
+
+def keep_output(outputs: dict[int, Tensor], index: int) -> Any:
+    def hook(_: nn.Module, __: tuple[Tensor], output: Any) -> None:
+        outputs[index] = output if isinstance(output, Tensor) else output[0]
+
+    return hook
 
 
 def rounding_error(weight: Tensor, option: str, hessian: Tensor, tokens: int) -> Tensor:
@@ -95,60 +111,63 @@ def test_sensitivities_are_those_of_the_whole_model_in_float64(
 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
     inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            output.retain_grad()
-            inputs[name], outputs[name] = args[0].detach().flatten(0, -2), output
-
-        return hook
-
+    outputs: dict[int, Tensor] = {}
     modules = {n: m for n, m in whole.named_modules() if is_linear(n, m)}
     for name, module in modules.items():
-        module.register_forward_hook(keep(name))
+        module.register_forward_pre_hook(keep_input(inputs, name))
+    for index, block in enumerate(find_decoder_layers(whole)[1]):
+        block.register_forward_hook(keep_output(outputs, index))
     log_p = whole(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     counted = mask[:, 1:] if masked else torch.ones_like(mask[:, 1:])
-    (-log_p.max(-1).values * counted).sum().backward()
-    assert list(found) == list(modules)
-    for name, module in modules.items():
-        x, gradient = inputs[name], outputs[name].grad
-        assert gradient is not None
-        weight = (module.weight.T if weight_is_transposed(module) else module.weight).detach()
-        hessian = (x.T @ x / len(x)).float()
+    base = dict(outputs)
+    nll = (-log_p.max(-1).values * counted).sum()
+    gradients = torch.autograd.grad(nll, list(base.values()))
+    assert [group[0] for group in found.groups] == [g[0] for g in fusion_groups(modules)]
+    for group, losses in zip(found.groups, found.losses, strict=True):
+        index = int(re.findall(r"\d+", group[0])[0])
         for option in OPTIONS:
-            error = rounding_error(weight.float(), option, hessian, len(x))
-            moved = ((error @ (x.T @ x / len(x))) * error).sum(1)
-            squares = gradient.flatten(0, -2).square().sum(0)
-            expected = float((moved * squares).sum()) / (2 * int(counted.sum()))
-            assert found[name][option] == pytest.approx(expected, rel=1e-3), (name, option)
+            kept = {name: modules[name].weight.data for name in group}
+            for name, weight in kept.items():
+                x, transposed = inputs[name], weight_is_transposed(modules[name])
+                rows = (weight.T if transposed else weight).float()
+                hessian = (x.T @ x / len(x)).float()
+                decoded = rows.double() + rounding_error(rows, option, hessian, len(x))
+                modules[name].weight.data = decoded.T if transposed else decoded
+            with torch.no_grad():
+                whole(ids, use_cache=False)
+            for name, weight in kept.items():
+                modules[name].weight.data = weight
+            moved = (outputs[index] - base[index]).detach()[:3]
+            squares = (moved * gradients[index][:3]).sum(-1).square()
+            expected = float(squares.sum()) / (2 * int(counted[:3].sum()))
+            assert losses[option] == pytest.approx(expected, rel=1e-3), (group, option)
 
 
 def test_predicted_losses_are_divergences(model: Path) -> None:
-    """Against KL measured on the whole model, with one layer quantized at a time."""
-    ids = torch.randint(3, 250, (24, SEQLEN), generator=torch.Generator().manual_seed(1))
+    """Against KL measured on the whole model, with one group quantized at a time."""
+    ids = torch.randint(3, 250, (60, SEQLEN), generator=torch.Generator().manual_seed(1))
     found = measure(model, ids)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     ratios = []
-    seen: list[Tensor] = []
     with torch.no_grad():
         base = whole(ids).logits.log_softmax(-1)
-        for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"):
-            module = whole.get_submodule(name)
-            seen.clear()
-            handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            whole(ids)
-            handle.remove()
-            x, weight = seen[0].flatten(0, -2), module.weight.data.clone()
-            hessian = (x.T @ x / len(x)).float()
-            for option in ("W4A16_ASYM_G32", "W8A16_G64"):
-                error = rounding_error(weight.float(), option, hessian, len(x))
-                module.weight.data = weight + error
+        for group, losses in zip(found.groups, found.losses, strict=True):
+            modules = [whole.get_submodule(name) for name in group]
+            kept = [module.weight.data for module in modules]
+            for option in OPTIONS[:2]:
+                for module, weight in zip(modules, kept, strict=True):
+                    # Without a search, H is not used.
+                    unused = torch.eye(weight.shape[1])
+                    error = rounding_error(weight.float(), option, unused, 1)
+                    module.weight.data = weight + error
                 other = whole(ids).logits.log_softmax(-1)
                 divergence = float((base.exp() * (base - other)).sum(-1).mean())
-                ratios.append(found[name][option] / divergence)
-            module.weight.data = weight
-    assert all(0.55 < ratio < 1.5 for ratio in ratios), ratios
+                ratios.append(losses[option] / divergence)
+            for module, weight in zip(modules, kept, strict=True):
+                module.weight.data = weight
+    # Less than all of it: what errors of several tokens do together is left out.
+    assert 0.6 < np.mean(ratios) < 1.1, ratios
+    assert all(0.4 < ratio < 1.6 for ratio in ratios), ratios
 
 
 def test_drawn_tokens_follow_the_distribution() -> None:
@@ -231,8 +250,8 @@ def test_no_better_choice_would_have_fitted(
         target_size=221_000, options=OPTIONS[:2], fused=fused, sensitivities=file
     )
     result = quantize(model, tmp_path / "out", tokens, allocation=allocation, dynamic=dynamic)
-    report, stored = result.manifest["allocation"], json.loads(file.read_text())["losses"]
-    groups = fusion_groups(stored, fused)
+    report, stored = result.manifest["allocation"], json.loads(file.read_text())
+    groups = stored["groups"]
     sizes = []
     for picks in itertools.product(OPTIONS[:2], repeat=len(groups)):
         size = 0
@@ -242,7 +261,7 @@ def test_no_better_choice_would_have_fitted(
                 specs = Scheme.parse(option).tensor_specs((shape[0], shape[1]))
                 size += sum(-(-(len(name) + 1 + len(key) + 162) // 8) * 8 for key in specs)
                 size += Scheme.parse(option).stored_bytes((shape[0], shape[1]))
-        loss = sum(stored[n][o] for g, o in zip(groups, picks, strict=True) for n in g)
+        loss = sum(row[option] for row, option in zip(stored["losses"], picks, strict=True))
         sizes.append((loss, size))
     chosen = min(sizes, key=lambda row: abs(row[0] - report["predicted_loss"]))
     assert chosen[0] == pytest.approx(report["predicted_loss"])
@@ -275,7 +294,7 @@ def test_a_file_of_sensitivities_serves_other_budgets_and_nothing_else(
     monkeypatch.setattr(SensitivityRun, "measure", lambda _: pytest.fail("measured again"))
     assert run("second", 3.0).bits_per_weight <= 3.0 < first.bits_per_weight
     assert quantize(model, tmp_path / "third", tokens).manifest.get("allocation") is None
-    with pytest.raises(lowbit.LowbitError, match="measured with another tokens; give another"):
+    with pytest.raises(lowbit.LowbitError, match="measured with other tokens; give another"):
         run("other", 4.0, seed=1)
     with pytest.raises(lowbit.LowbitError, match="no measurement of W3A16_G64; give another"):
         run("other", 4.0, (*OPTIONS, "W3A16_G64"))

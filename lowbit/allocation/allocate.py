@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lowbit.allocation.budget import describe_bytes, parse_size
-from lowbit.allocation.fusion import fusion_groups
 from lowbit.allocation.knapsack import Packing, pack
 from lowbit.errors import LowbitError
 from lowbit.scheme import Scheme
@@ -104,7 +103,7 @@ class Allocated:
     """The choice.
 
     Args:
-        schemes: module name -> scheme, in the order of the model.
+        schemes: module name -> scheme.
         packing: the solution of the knapsack; its sizes are without `fixed`.
         report: what the manifest records, JSON values.
     """
@@ -129,19 +128,21 @@ class Limits:
     largest: int
 
 
-def require_feasible(allocation: Allocation, names: Iterable[str], sizes: Sizes) -> Limits:
+def require_feasible(
+    allocation: Allocation, groups: Iterable[Sequence[str]], sizes: Sizes
+) -> Limits:
     """Returns the budget beside what is possible, which takes no measuring.
 
     Args:
         allocation: budget and options.
-        names: modules whose scheme is chosen.
+        groups: names of modules that share a scheme.
         sizes: what each would cost.
 
     Raises:
         LowbitError: if no choice meets the budget.
     """
     smallest = largest = sizes.fixed
-    for group in fusion_groups(names, allocation.fused):
+    for group in groups:
         costs = [sum(sizes.of(name, s) for name in group) for s in allocation.schemes]
         smallest, largest = smallest + min(costs), largest + max(costs)
     if allocation.target_size is not None:
@@ -160,23 +161,26 @@ def require_feasible(allocation: Allocation, names: Iterable[str], sizes: Sizes)
 
 
 def allocate(
-    allocation: Allocation, losses: Mapping[str, Mapping[str, float]], sizes: Sizes
+    allocation: Allocation,
+    groups: Sequence[Sequence[str]],
+    losses: Sequence[Mapping[str, float]],
+    sizes: Sizes,
 ) -> Allocated:
     """Returns the schemes of least predicted loss that meet the budget.
 
     Args:
         allocation: budget and options.
-        losses: module name -> scheme -> predicted loss, see `Sensitivities`.
+        groups: names of modules that share a scheme.
+        losses: for each group, scheme -> predicted loss, see `Sensitivities`.
         sizes: what each would cost.
 
     Raises:
         LowbitError: if no choice meets the budget.
     """
-    limits = require_feasible(allocation, losses, sizes)
-    groups = fusion_groups(losses, allocation.fused)
+    limits = require_feasible(allocation, groups, sizes)
     options = allocation.schemes
     costs = [[sum(sizes.of(name, s) for name in group) for s in options] for group in groups]
-    values = [[sum(losses[name][str(s)] for name in group) for s in options] for group in groups]
+    values = [[found[str(s)] for s in options] for found in losses]
     budget = limits.budget
     packing = pack(costs, values, budget - sizes.fixed)
     chosen = {
@@ -197,7 +201,7 @@ def allocate(
         "gap_percent": 100 * packing.gap,
         "modules": {str(s): sum(c == s for c in chosen.values()) for s in options},
     }
-    return Allocated({name: chosen[name] for name in losses}, packing, report)
+    return Allocated(chosen, packing, report)
 
 
 def dynamic_rules(

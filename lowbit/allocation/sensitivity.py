@@ -1,29 +1,25 @@
-"""What each scheme would cost each layer, in nats per token, without running the model again.
+"""What each scheme would cost each layer, in nats per token of the whole model's predictions.
 
-A weight that changes by dW moves the layer's outputs by dW x. To second order the divergence of the
-model's predictions from its own is 1/2 the mean of (g . dW x)^2, where g is the gradient, at the
-layer's outputs, of -log p of a token drawn from the model itself (the Fisher information; drawn
-tokens and not the text's make it so). With the outputs' gradients and the inputs taken as
-uncorrelated,
-
-    KL = 1/2 * tokens/predictions * sum over rows n of E[g_n^2] * dW_n H dW_n^T
-
-so one backward pass gives E[g^2] for every layer, and then a scheme costs one quantization of the
-weight. The values add up over layers. `docs/design/allocation.md` compares them with divergences
-that were measured by quantizing one layer at a time.
+To second order, a change d of what a block returns for a token costs 1/2 E[(g . d)^2], where g is
+the gradient, at the block's output, of -log p of tokens *drawn from the model* (the Fisher
+information; drawn tokens and not the text's make it so). g takes one backward pass. d takes the
+block alone: a group of layers is quantized in it, and it runs again on the same inputs. So all that
+the block makes of the error (softmax, gates, the next product) is in it, and what comes after the
+block is in g; the rest of the model need not run. Values add up over groups.
 
 The pass works block by block. On the way up only the inputs of each block are kept; on the way down
-a block is loaded again, run with gradients, and the gradient of its inputs is handed on. The model
-is never whole in memory: one block, its H matrices, and the hidden states of all blocks.
+a block is loaded again, run with gradients, measured, and the gradient of its inputs is handed on.
+The model is never whole in memory: one block, its H matrices, and the hidden states of all blocks.
+It is computed in float32, because differences of bfloat16 would be rounding.
 
-References: Kunstner et al. 2019 (Fisher information by sampled labels); Martens and Grosse 2015
-(inputs and gradients taken as independent); Frantar et al. 2022 (H).
+Reference: Kunstner et al. 2019, "Limitations of the empirical Fisher approximation" (the Fisher
+information by sampled labels). `docs/design/allocation.md` has what else was tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,72 +35,41 @@ from lowbit.nn.replace import weight_is_transposed, weight_shape
 from lowbit.progress import RunProgress
 from lowbit.scheme import Scheme
 
-# Elements of dW that are multiplied by H at once.
-_CHUNK_ELEMENTS = 1 << 24
-
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Predicted divergence of each option of each module.
+    """Predicted divergence of each option of each group of layers.
 
     Args:
-        losses: module name -> scheme -> mean KL(original || quantized) in nats per token, if
+        groups: names of the modules that share a scheme.
+        losses: for each group, scheme -> mean KL(original || quantized) in nats per token, if
             nothing else were quantized.
-        guessed: names of modules that no token reached: they have the mean loss of all others per
-            weight.
-    """
-
-    losses: dict[str, dict[str, float]]
-    guessed: tuple[str, ...] = ()
-
-
-@dataclass
-class _Meter:
-    """What is summed over tokens for one block.
-
-    Args:
-        groups: names of linear layers that share their input.
-        hessians: first name of a group -> accumulator of H.
-        gradients: module name -> sum of g^2, float32 `[out_features]`.
-        tokens: module name -> vectors seen.
+        guessed: names of modules that no token reached: they add as much per weight as the rest of
+            their group, or as all groups do.
     """
 
     groups: list[list[str]]
-    hessians: dict[str, HessianAccumulator] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    losses: list[dict[str, float]]
+    guessed: list[str]
 
-    def watch(self, modules: Mapping[str, nn.Module]) -> list[Any]:
-        """Returns handles of hooks that fill the meter in every forward and backward pass."""
-        firsts = {group[0] for group in self.groups}
-        handles: list[Any] = []
-        for name, module in modules.items():
-            if name in firsts:
-                handles.append(module.register_forward_pre_hook(self._input_hook(name)))
-            handles.append(module.register_forward_hook(self._output_hook(name)))
-        return handles
 
-    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name not in self.hessians:
-                width = weight_shape(module)[1]
-                self.hessians[name] = HessianAccumulator(width, args[0].device)
-            self.hessians[name].add(args[0])
+@dataclass
+class _Block:
+    """A loaded block while it is measured.
 
-        return hook
+    Args:
+        run: the block's output `[batch, seqlen, hidden]` for its input in the batch of an index.
+        modules: name -> linear layer to choose a scheme for.
+        statistics: module name -> of its inputs, for modules that tokens reached.
+        outputs: what the block returns for each batch.
+        gradients: of the predictions, by those.
+    """
 
-    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().reshape(-1, gradient.shape[-1])
-            total = squares.sum(0)
-            self.gradients[name] = self.gradients.get(name, torch.zeros_like(total)) + total
-            self.tokens[name] = self.tokens.get(name, 0) + squares.shape[0]
-
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(add)
-
-        return hook
+    run: Callable[[int], Tensor]
+    modules: dict[str, nn.Module]
+    statistics: dict[str, Statistics]
+    outputs: list[Tensor]
+    gradients: list[Tensor]
 
 
 class SensitivityRun:
@@ -114,7 +79,7 @@ class SensitivityRun:
         decoder: the streamed model; pieces of it are loaded and freed.
         batches: tokens, int64 `[batch, seqlen]` each.
         masks: bool of the same shapes, True for tokens whose prediction counts; None counts all.
-        modules: names of linear layers in the blocks.
+        groups: names of linear layers that share a scheme, each group in one block.
         options: schemes to measure.
         algorithm: quantizes weights.
         seed: draws tokens from the model's predictions.
@@ -126,22 +91,26 @@ class SensitivityRun:
         decoder: StreamedDecoder,
         batches: Sequence[Tensor],
         masks: Sequence[Tensor] | None,
-        modules: Sequence[str],
+        groups: Sequence[Sequence[str]],
         options: Sequence[Scheme],
         algorithm: Algorithm,
         seed: int,
         progress: RunProgress,
     ) -> None:
         self.decoder, self.batches, self.masks = decoder, list(batches), masks
-        self.modules, self.options = list(modules), list(options)
+        self.groups, self.options = [list(group) for group in groups], list(options)
         self.algorithm, self.seed, self.progress = algorithm, seed, progress
+        # Predictions in the batches that errors are measured on, and how many batches these are.
         self._predictions = 0
+        self._judged = max(1, len(self.batches) // 2)
 
     def measure(self) -> Sensitivities:
-        """Returns the loss of every option of every module.
+        """Returns the loss of every option of every group.
+
+        Weights are quantized by the inputs in all batches; errors are measured on the first half.
 
         Raises:
-            LowbitError: if gradients are not finite, or no token reached any module.
+            LowbitError: if gradients are not finite, or no token reached any layer.
         """
         depth = len(self.decoder.layers)
         self.progress.stage("sensitivities", 2 * depth)
@@ -156,13 +125,18 @@ class SensitivityRun:
                 activations.hidden[batch] = self.decoder.run_block(index, activations, batch)
             self._free_block(index)
         gradients = self._tail_gradients(activations.hidden)
-        losses: dict[str, dict[str, float]] = {}
+        losses: dict[str, dict[str, float]] = {}  # by first module of the group
+        guessed: set[str] = set()
         for index in reversed(range(depth)):
             self.progress.describe(f"sensitivities, backward {index + 1}/{depth}")
             self._load_block(index)
-            losses |= self._measure_block(index, inputs.pop(), activations, gradients)
+            block = self._run_block(index, inputs.pop(), activations, gradients)
+            guessed |= block.modules.keys() - block.statistics.keys()
+            for group in self.groups:
+                if group[0] in block.modules and any(name in block.statistics for name in group):
+                    losses[group[0]] = self._group_losses(group, block)
             self._free_block(index)
-        return self._complete(losses)
+        return self._complete(losses, guessed)
 
     def _start(self) -> Activations:
         """Returns the inputs of block 0, with what stands outside the blocks loaded for good."""
@@ -202,9 +176,8 @@ class SensitivityRun:
             if self.masks is not None:
                 counted = self.masks[batch][:, 1:].to(nll.device)
                 nll = nll * counted
-                self._predictions += int(counted.sum())
-            else:
-                self._predictions += nll.numel()
+            if batch < self._judged:
+                self._predictions += nll.numel() if self.masks is None else int(counted.sum())
             (gradient,) = torch.autograd.grad(nll.sum(), leaf)
             if not bool(gradient.isfinite().all()):
                 raise LowbitError(
@@ -215,78 +188,101 @@ class SensitivityRun:
         decoder.free(decoder.model.get_output_embeddings())
         return gradients
 
-    def _measure_block(
+    def _run_block(
         self, index: int, inputs: list[Tensor], calls: Activations, gradients: list[Tensor]
-    ) -> dict[str, dict[str, float]]:
-        """Returns the losses of block `index`, and turns `gradients` into those of its inputs."""
+    ) -> _Block:
+        """Returns block `index`, run forwards and back; `gradients` become those of its inputs."""
         block, prefix = self.decoder.layers[index], self.decoder.block_name(index) + "."
-        modules = {
-            name: self.decoder.model.get_submodule(name)
-            for name in self.modules
-            if name.startswith(prefix)
-        }
+        names = [name for group in self.groups for name in group if name.startswith(prefix)]
+        modules = {name: self.decoder.model.get_submodule(name) for name in names}
         device = self.decoder.device
+        leaves = [states.to(device).requires_grad_(True) for states in inputs]
 
-        def run(hidden: Tensor, batch: int) -> Tensor:
-            return call_block(block, hidden, calls.calls[batch][index])
+        def run(batch: int) -> Tensor:
+            return call_block(block, leaves[batch], calls.calls[batch][index])
 
-        first = inputs[0].to(device)
-        meter = _Meter(input_groups(lambda: run(first, 0), modules) if modules else [])
-        handles = meter.watch(modules)
+        shared = input_groups(lambda: run(0), modules) if modules else []
+        hessians: dict[str, HessianAccumulator] = {}
+        handles = [
+            modules[group[0]].register_forward_pre_hook(_accumulate(hessians, group[0]))
+            for group in shared
+        ]
+        outputs, by_output = [], list(gradients)
         try:
-            for batch, states in enumerate(inputs):
-                leaf = states.to(device).requires_grad_(True)
-                output = run(leaf, batch)
-                (gradients[batch],) = torch.autograd.grad(output, leaf, gradients[batch])
+            for batch, leaf in enumerate(leaves):
+                output = run(batch)
+                (gradients[batch],) = torch.autograd.grad(output, leaf, by_output[batch])
+                outputs.append(output.detach())
         finally:
             for handle in handles:
                 handle.remove()
-        losses: dict[str, dict[str, float]] = {}
-        for group in meter.groups:
-            reached = [name for name in group if name in meter.gradients]
-            statistics = meter.hessians[group[0]].statistics() if reached else None
-            for name in reached:
-                assert statistics is not None
-                losses[name] = self._losses(modules[name], statistics, meter.gradients[name])
-        return losses
+        statistics: dict[str, Statistics] = {}
+        for group in shared:
+            found = hessians[group[0]].statistics()
+            statistics |= dict.fromkeys(group, found)
+        return _Block(run, modules, statistics, outputs, by_output)
 
-    def _losses(
-        self, module: nn.Module, statistics: Statistics, squares: Tensor
-    ) -> dict[str, float]:
-        """Returns the loss of each option for one module.
-
-        Args:
-            module: loaded.
-            statistics: of its inputs.
-            squares: sum of g^2 over tokens, float32 `[out_features]`.
-        """
-        parameter = module.weight
-        assert isinstance(parameter, nn.Parameter)
-        weight = (parameter.T if weight_is_transposed(module) else parameter).detach().float()
+    def _group_losses(self, group: list[str], block: _Block) -> dict[str, float]:
+        """Returns the loss of each option for the layers `group`, of which some were reached."""
+        reached = [name for name in group if name in block.statistics]
+        kept = {name: _weight(block.modules[name]).data for name in reached}
+        weights = sum(_weight(block.modules[name]).numel() for name in group)
+        scale = weights / sum(weight.numel() for weight in kept.values())
         losses = {}
         for scheme in self.options:
-            result = self.algorithm.quantize(weight, scheme, statistics)
-            error = weight - result.grid.dequantize(result.codes)
-            moved = _output_errors(error, statistics.hessian)
-            losses[str(scheme)] = float((moved * squares).sum()) / (2 * self._predictions)
+            for name, weight in kept.items():
+                transposed = weight_is_transposed(block.modules[name])
+                rows = (weight.T if transposed else weight).float()
+                result = self.algorithm.quantize(rows, scheme, block.statistics[name])
+                decoded = result.grid.dequantize(result.codes).to(weight.dtype)
+                _weight(block.modules[name]).data = decoded.T if transposed else decoded
+            total = 0.0
+            for batch in range(self._judged):
+                with torch.no_grad():
+                    moved = block.run(batch) - block.outputs[batch]
+                total += float((moved * block.gradients[batch]).sum(-1).double().square().sum())
+            losses[str(scheme)] = scale * total / (2 * self._predictions)
+        for name, weight in kept.items():
+            _weight(block.modules[name]).data = weight
         return losses
 
-    def _complete(self, losses: dict[str, dict[str, float]]) -> Sensitivities:
-        """Returns the losses in the model's order, with those of unreached modules guessed."""
-        model = self.decoder.model
-        sizes = {name: model.get_submodule(name).weight.numel() for name in self.modules}
+    def _complete(self, losses: dict[str, dict[str, float]], guessed: set[str]) -> Sensitivities:
+        """Returns the losses in the order of the groups, with those of unreached ones guessed."""
         if not losses:
             raise LowbitError("bit allocation: no calibration token reached any layer")
-        reached = sum(sizes[name] for name in losses)
-        guessed = tuple(name for name in self.modules if name not in losses)
+        model = self.decoder.model
+        sizes = {
+            group[0]: sum(_weight(model.get_submodule(name)).numel() for name in group)
+            for group in self.groups
+        }
+        reached = sum(sizes[first] for first in losses)
         per_weight = {
             str(s): sum(found[str(s)] for found in losses.values()) / reached for s in self.options
         }
-        complete = {
-            name: losses.get(name) or {s: loss * sizes[name] for s, loss in per_weight.items()}
-            for name in self.modules
-        }
-        return Sensitivities(complete, guessed)
+        complete = [
+            losses.get(first) or {s: loss * sizes[first] for s, loss in per_weight.items()}
+            for first in sizes
+        ]
+        return Sensitivities(self.groups, complete, sorted(guessed))
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _accumulate(
+    hessians: dict[str, HessianAccumulator], name: str
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Returns a hook that adds the inputs of the module `name` to its H."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in hessians:
+            hessians[name] = HessianAccumulator(weight_shape(module)[1], args[0].device)
+        hessians[name].add(args[0])
+
+    return hook
 
 
 def _draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
@@ -299,9 +295,3 @@ def _draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
     cumulative = log_p.exp().cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
     return drawn.clamp_(max=log_p.shape[-1] - 1)
-
-
-def _output_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """Returns dW_n H dW_n^T for each row, float32 `[N]`, of `error` `[N, K]`."""
-    rows = max(1, _CHUNK_ELEMENTS // error.shape[1])
-    return torch.cat([((part @ hessian) * part).sum(1) for part in error.split(rows)])

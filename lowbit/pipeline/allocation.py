@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit import __version__
 from lowbit.algorithms import GPTQ, Algorithm, algorithm_options
 from lowbit.allocation.allocate import (
@@ -19,6 +21,7 @@ from lowbit.allocation.allocate import (
     require_feasible,
 )
 from lowbit.allocation.budget import describe_bytes
+from lowbit.allocation.fusion import fusion_groups
 from lowbit.allocation.sensitivity import Sensitivities, SensitivityRun
 from lowbit.calibration.tokens import CalibrationTokens, token_digest
 from lowbit.checkpoint import write_json
@@ -102,13 +105,14 @@ def choose_schemes(
     if not free:
         raise LowbitError("bit allocation: every layer has a scheme by `dynamic` already")
     sizes = _sizes(allocation, decoder, selected, free)
-    require_feasible(allocation, free, sizes)  # before any work
-    found = _sensitivities(allocation, decoder, tokens, free, _measuring(algorithm), progress)
-    allocated = allocate(allocation, found.losses, sizes)
+    groups = fusion_groups(free, allocation.fused)
+    require_feasible(allocation, groups, sizes)  # before any work
+    found = _sensitivities(allocation, decoder, tokens, groups, _measuring(algorithm), progress)
+    allocated = allocate(allocation, found.groups, found.losses, sizes)
     rules = dynamic_rules(allocated.schemes, Scheme.parse(config.scheme), decoder.layers_name)
     config.dynamic = [*config.dynamic, *((pattern, str(scheme)) for pattern, scheme in rules)]
     _require_obeyed(decoder, config, allocated)
-    return {**allocated.report, "guessed": list(found.guessed)}
+    return {**allocated.report, "guessed": found.guessed}
 
 
 def require_budget(allocation: dict[str, Any], directory: Path, stored_bytes: int) -> None:
@@ -155,7 +159,7 @@ def _sensitivities(
     allocation: Allocation,
     decoder: StreamedDecoder,
     tokens: CalibrationTokens,
-    modules: list[str],
+    groups: list[list[str]],
     algorithm: Algorithm,
     progress: bool,
 ) -> Sensitivities:
@@ -170,8 +174,8 @@ def _sensitivities(
             entries = decoder.checkpoint.entries.values()
             bar.stage("checking weights", sum(entry.end - entry.begin for entry in entries))
             fingerprint = {
-                "lowbit": __version__,
-                "model": digest_json(decoder.checkpoint.config),
+                "version of lowbit": __version__,
+                "configuration": digest_json(decoder.checkpoint.config),
                 "weights": decoder.checkpoint.verify(bar.advance),
                 "tokens": token_digest(ids),
                 "mask": None if mask is None else token_digest(mask.to(ids.dtype)),
@@ -179,12 +183,13 @@ def _sensitivities(
                 "algorithm": {"name": algorithm.name, **algorithm_options(algorithm)},
             }
             if file.exists():
-                return _read(file, fingerprint, modules, allocation.schemes)
-        # Its own decoder: what measuring does to tied heads and parameters ends with it.
-        measured = StreamedDecoder(decoder.checkpoint, decoder.dtype, decoder.device)
+                return _read(file, fingerprint, groups, allocation.schemes)
+        # Its own decoder, in the dtype that differences need; what measuring does to tied heads
+        # and parameters ends with it.
+        measured = StreamedDecoder(decoder.checkpoint, torch.float32, decoder.device)
         masks = None if mask is None else split_batches(mask)
         run = SensitivityRun(
-            measured, split_batches(ids), masks, modules, allocation.schemes, algorithm, seed, bar
+            measured, split_batches(ids), masks, groups, allocation.schemes, algorithm, seed, bar
         )
         found = run.measure()
     if file is not None:
@@ -193,9 +198,9 @@ def _sensitivities(
 
 
 def _read(
-    file: Path, fingerprint: dict[str, Any], modules: list[str], options: tuple[Scheme, ...]
+    file: Path, fingerprint: dict[str, Any], groups: list[list[str]], options: tuple[Scheme, ...]
 ) -> Sensitivities:
-    """Returns what `file` holds, if it is for this model, these tokens, modules and options."""
+    """Returns what `file` holds, if it is for this model, these tokens, layers and options."""
     stored = read_json(file, "")
     found = stored.get("fingerprint")
     if stored.get("kind") != KIND or not isinstance(found, dict):
@@ -203,17 +208,19 @@ def _read(
     for key, value in fingerprint.items():
         if found.get(key) != value:
             raise LowbitError(
-                f"{file}: was measured with another {key}; give another file to measure again"
+                f"{file}: was measured with other {key}; give another file to measure again"
             )
-    losses = stored["losses"]
-    lacking = [name for name in modules if name not in losses]
-    known = losses.get(modules[0], {})
-    lacking += [str(scheme) for scheme in options if str(scheme) not in known]
+    losses = {tuple(g): row for g, row in zip(stored["groups"], stored["losses"], strict=True)}
+    lacking = [" with ".join(group) for group in groups if tuple(group) not in losses]
+    if not lacking:
+        known = losses[tuple(groups[0])]
+        lacking = [str(scheme) for scheme in options if str(scheme) not in known]
     if lacking:
         raise LowbitError(
             f"{file}: has no measurement of {lacking[0]}; give another file to measure again"
         )
-    return Sensitivities({name: losses[name] for name in modules}, tuple(stored["guessed"]))
+    rows = [losses[tuple(group)] for group in groups]
+    return Sensitivities(groups, rows, list(stored["guessed"]))
 
 
 def _require_obeyed(decoder: StreamedDecoder, config: LowbitConfig, allocated: Allocated) -> None:
