@@ -31,7 +31,9 @@ from lowbit.tuning.packed_model import ScaledLinear, ScaledWeight, packed_model
 
 CPU = torch.device("cpu")
 SILENT = RunProgress(False)
-QUICK = ScaleTuning(steps=8, learning_rate=0.01, batch_windows=2, held_out=0.25, evaluations=2)
+QUICK = ScaleTuning(
+    steps=8, learning_rate=0.01, vector_rate=0, batch_windows=2, held_out=0.25, evaluations=2
+)
 
 
 def tokens_of(windows: int, seqlen: int = 16, seed: int = 0) -> Tensor:
