@@ -18,8 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lowbit.algorithms import GPTQ, Algorithm, algorithm_options, make_algorithm
+from lowbit.algorithms import GPTQ, RTN, Algorithm, algorithm_options, make_algorithm
 from lowbit.errors import LowbitError, unknown_name
+from lowbit.tuning.awq import AWQ
 from lowbit.tuning.end_to_end import ScaleTuning
 from lowbit.tuning.rounding import BlockTuning
 from lowbit.tuning.steps import EndToEnd, Fold, Tuning
@@ -82,6 +83,12 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 
+# What users know as algorithms, and what is a fold before one.
+FOLDING: dict[str, Recipe] = {
+    "awq": Recipe(RTN(), fold=AWQ()),
+    "awq+gptq": Recipe(GPTQ(), fold=AWQ()),
+}
+
 
 def make_recipe(algorithm: str | Algorithm | None, quality: str | Recipe | None) -> Recipe:
     """Returns the recipe that a user chose by one of the two; GPTQ alone where neither is given.
@@ -96,6 +103,8 @@ def make_recipe(algorithm: str | Algorithm | None, quality: str | Recipe | None)
         )
     if isinstance(quality, Recipe):
         return quality
+    if isinstance(algorithm, str) and algorithm.lower() in FOLDING:
+        return FOLDING[algorithm.lower()]
     if quality is None:
         return Recipe(make_algorithm("gptq" if algorithm is None else algorithm))
     if quality.lower() not in PRESETS:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.algorithms import RTN
+from lowbit.algorithms import GPTQ, RTN
 from lowbit.algorithms.base import Statistics
 from lowbit.errors import LowbitError
 from lowbit.models.layers import find_decoder_layers
-from lowbit.recipe import Recipe
+from lowbit.recipe import Recipe, make_recipe
 from lowbit.scheme import Scheme
 from lowbit.tuning.awq import AWQ
 from lowbit.tuning.folds import find_folds
@@ -209,6 +209,12 @@ def test_overflowing_activations_are_left_out() -> None:
 def test_bad_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(LowbitError, match="at least 1"):
         AWQ(**options)
+
+
+def test_users_name_awq_like_an_algorithm() -> None:
+    assert make_recipe("awq", None) == Recipe(RTN(), fold=AWQ())
+    assert make_recipe("AWQ+GPTQ", None) == Recipe(GPTQ(), fold=AWQ())
+    assert make_recipe("awq", None).needs_data
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])

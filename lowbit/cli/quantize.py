@@ -36,8 +36,8 @@ def quantize_command(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Only this algorithm, nothing around it: gptq (needs --calibration or --stats) "
-            "or rtn. Without any data rtn is the default."
+            help="Only this algorithm, nothing around it: gptq (needs --calibration or --stats), "
+            "awq or awq+gptq (need --calibration), or rtn. Without any data rtn is the default."
         ),
     ] = None,
     option: Annotated[
@@ -158,7 +158,7 @@ def exit_interrupted() -> Iterator[None]:
 
 def _method(
     algorithm: str | None, quality: str | None, options: list[str], text: bool, stats: bool
-) -> tuple[Algorithm | None, str | None, str]:
+) -> tuple[str | Algorithm | None, str | None, str]:
     """Returns the algorithm or else the quality to use, and words that say which.
 
     Args:
@@ -169,11 +169,19 @@ def _method(
         stats: whether there are stored statistics.
     """
     from lowbit.algorithms import make_algorithm
+    from lowbit.recipe import FOLDING
 
     if options and algorithm is None:
         raise LowbitError(
             "--option is for an algorithm; name it with --algorithm, for example gptq"
         )
+    if algorithm is not None and algorithm.lower() in FOLDING:
+        if options:
+            raise LowbitError(
+                f"--algorithm {algorithm} takes no options; leave --option out, or give "
+                "lowbit.quantize a Recipe"
+            )
+        return algorithm, quality, f"algorithm {algorithm}"
     if algorithm is not None:
         return make_algorithm(algorithm, **_options(options)), quality, f"algorithm {algorithm}"
     if quality is not None:

@@ -62,8 +62,9 @@ def quantize(
         model: directory of a Hugging Face decoder in safetensors, or the name of one on the hub.
         output: directory to write, new or empty.
         scheme: for every linear layer of the decoder blocks, for example "W4A16_G64".
-        algorithm: "gptq" (where neither it nor `quality` is given), "rtn", or an instance with
-            options, for example `GPTQ(act_order=False)`; nothing else is done then.
+        algorithm: "gptq" (where neither it nor `quality` is given), "rtn", "awq" (folds, then
+            rounds to nearest), "awq+gptq", or an instance with options, for example
+            `GPTQ(act_order=False)`; nothing else is done then.
         quality: instead of `algorithm`, a recipe: "fast", "balanced", "best", or a `Recipe`.
         calibration: text file, JSONL, data set name, or a .safetensors / .npy file of token ids.
             Required by "gptq" and by schemes with static activations; "rtn" then weighs its
