@@ -1,8 +1,7 @@
 """Measures what bit allocation gives at equal bytes: uniform schemes beside chosen ones.
 
     uniform     one scheme for every layer; its bits per weight are the budget of the others
-    allocated   what `lowbit quantize --target-bits` does: gradient-weighted errors, one backward
-                pass
+    allocated   what `lowbit quantize --target-bits` does: gradient-weighted errors of block outputs
     by KL       the same knapsack on divergences of the logits, measured by quantizing one group of
                 layers at a time; the model is whole in memory and runs once for each option
 
