@@ -157,19 +157,21 @@ def error_of(view: BlockView, weight: Tensor) -> float:
     return sum(float((x @ weight.T - y).square().mean()) for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", ["W2A16_G64", "W3A16_ASYM_G64", "W4A16_G64_DQ", "NF4", "FP4"])
+@pytest.mark.parametrize(
+    "name", ["W2A16_G64", "W3A16_ASYM_G64", "W4A16_G64_DQ", "NF4", "FP4", "W8A8"]
+)
 def test_tuning_lowers_the_error(name: str) -> None:
     scheme = Scheme.parse(name)
     view, weights = view_of_one_layer(scheme)
     start = {"block.0": RTN().quantize(weights["block.0"], scheme, None)}
-    tuned = BlockTuning(iterations=60).tune(view, weights, start)
+    tuned = BlockTuning(iterations=60, rounding_rate=0.01).tune(view, weights, start)
     before, after = (
         error_of(view, q.grid.dequantize(q.codes))
         for q in (start["block.0"], tuned.modules["block.0"])
     )
-    assert after < 0.95 * before
+    assert after < 0.97 * before
     assert tuned.report["error_after"] < tuned.report["error_before"]
-    again = BlockTuning(iterations=60).tune(view, weights, start)
+    again = BlockTuning(iterations=60, rounding_rate=0.01).tune(view, weights, start)
     assert same(tuned.modules["block.0"], again.modules["block.0"])
 
 

@@ -27,6 +27,10 @@ from lowbit.tuning.steps import Tuned
 from lowbit.tuning.trainable import TrainableWeight
 from lowbit.tuning.view import BlockView
 
+# Bits of a code -> rounding rate. The finer the codes, the closer the start is to its best and the
+# smaller are the gradients of single positions beside their noise, which Adam scales up to steps.
+_RATES = {2: 1e-2, 3: 3e-3, 4: 1e-3, 8: 1e-4}
+
 
 @dataclass(frozen=True)
 class BlockTuning:
@@ -34,7 +38,8 @@ class BlockTuning:
 
     Args:
         iterations: steps, of one batch each.
-        rounding_rate: largest step of a position, in levels.
+        rounding_rate: largest step of a position, in levels; None chooses for each layer by its
+            bits.
         scale_rate: largest step of a scale, as a share of it; a zero point takes `rounding_rate`.
         held_out: share of the batches that only judge.
         evaluations: how often they judge.
@@ -44,7 +49,7 @@ class BlockTuning:
 
     name: ClassVar[str] = "block_tuning"
     iterations: int = 200
-    rounding_rate: float = 0.01
+    rounding_rate: float | None = None
     scale_rate: float = 0.002
     held_out: float = 0.125
     evaluations: int = 10
@@ -123,16 +128,17 @@ class _BlockTuner:
         return Tuned(found, (), report)
 
     def _parameters(self) -> list[dict[str, Any]]:
-        rates = {
-            "positions": self.options.rounding_rate,
-            "factors": self.options.scale_rate,
-            "zeros": self.options.rounding_rate,
-        }
-        return [
-            {"params": [tensor], "rate": rates[name]}
-            for weight in self.weights.values()
-            for name, tensor in weight.trained().items()
-        ]
+        found: list[dict[str, Any]] = []
+        for weight in self.weights.values():
+            rounding = self.options.rounding_rate
+            if rounding is None:
+                rounding = _RATES[weight.grid.scheme.bits]
+            rates = {"positions": rounding, "factors": self.options.scale_rate, "zeros": rounding}
+            found += [
+                {"params": [tensor], "rate": rates[name]}
+                for name, tensor in weight.trained().items()
+            ]
+        return found
 
     def _batches(self) -> Iterator[int]:
         """Yields the batch of each step: all in a new order, and again."""
