@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lowbit import quantize
 from lowbit.algorithms import GPTQ
 from lowbit.algorithms.base import Statistics
-from lowbit.allocation.allocate import Allocation, Sizes, allocate, dynamic_rules
+from lowbit.allocation.allocate import OPTIONS, Allocation, Sizes, allocate, dynamic_rules
 from lowbit.allocation.fusion import fusion_groups
 from lowbit.calibration.statistics import HessianAccumulator
 from lowbit.calibration.tokens import load_calibration
@@ -43,6 +43,8 @@ UNIFORM = ("W3A16_CHANNEL", "W3A16_G32", "W4A16_G64")
 METHODS = ("uniform", "allocated", "by KL")
 # For divergences: the first windows, which are run once for every option of every group.
 KL_WINDOWS = 3
+# With the uniform schemes themselves among them, so that a choice can always be as good.
+CHOICES = tuple(dict.fromkeys((*OPTIONS, *UNIFORM)))
 LAYERS = "model.layers"
 
 
@@ -82,16 +84,16 @@ class Divergences:
 
     @torch.no_grad()
     def measure(self) -> dict[str, dict[str, float]]:
-        """Returns module name -> scheme -> KL: a group's with its first module, 0 with others."""
-        losses: dict[str, dict[str, float]] = {name: {} for name in self.modules}
+        """Returns the first module of each group -> scheme -> KL."""
+        losses: dict[str, dict[str, float]] = {}
         base = self.model(self.ids, use_cache=False).logits.log_softmax(-1)
         for group in fusion_groups(self.modules):
+            losses[group[0]] = {}
             for scheme in self.options:
                 with self._quantized(group, scheme):
                     log_q = self.model(self.ids, use_cache=False).logits.log_softmax(-1)
                 kl = float((base.exp() * (base - log_q)).sum(-1).mean())
-                for name in group:
-                    losses[name][str(scheme)] = kl if name == group[0] else 0.0
+                losses[group[0]][str(scheme)] = kl
         return losses
 
     @contextmanager
@@ -111,7 +113,9 @@ def rules_by_divergence(
     """Returns the rules that meet `bits` with the least sum of measured divergences."""
     weights = sum(rows * columns for rows, columns in shapes.values())
     sizes = Sizes(lambda name, scheme: scheme.stored_bytes(shapes[name]), 0, weights)
-    chosen = allocate(Allocation(target_bits=bits), losses, sizes)
+    groups = fusion_groups(shapes)
+    found = [losses[group[0]] for group in groups]
+    chosen = allocate(Allocation(bits, options=CHOICES), groups, found, sizes)
     return dynamic_rules(chosen.schemes, Scheme.parse("W4A16_G64"), LAYERS)
 
 
@@ -120,7 +124,7 @@ def run_seed(
 ) -> list[dict[str, Any]]:
     """Returns the scores of every budget and method for one draw of calibration windows."""
     bar.describe(f"seed {seed}: divergences")
-    divergences = Divergences(seed, samples, Allocation(target_bits=4.0).schemes)
+    divergences = Divergences(seed, samples, Allocation(4.0, options=CHOICES).schemes)
     shapes = {n: (m.out_features, m.in_features) for n, m in divergences.modules.items()}
     losses = divergences.measure()
     runs = []
@@ -134,7 +138,7 @@ def run_seed(
                 if method == "by KL":
                     options = {"dynamic": dict(rules_by_divergence(bits, losses, shapes))}
                 elif method == "allocated":
-                    options = {"allocation": Allocation(bits, sensitivities=file)}
+                    options = {"allocation": Allocation(bits, options=CHOICES, sensitivities=file)}
                 name = f"{scheme}-{method}".replace(" ", "-")
                 run = measure(Path(folder) / name, seed, samples, sets, options)
                 bits = bits or run["bits_per_weight"]
