@@ -369,5 +369,5 @@ def test_the_command_prints_what_was_chosen(
         main([*shared, "--target-size", "200KB"])
     assert exited.value.code == 0
     shown = capsys.readouterr().out
-    assert "budget 200,000 bytes" in shown
+    assert "200,000 bytes (200.00 KB)" in shown
     assert written_bytes(tmp_path / "out") <= 200_000

@@ -53,17 +53,15 @@ def print_allocation(allocation: dict[str, Any]) -> None:
     used = {scheme: count for scheme, count in allocation["modules"].items() if count}
     gap = allocation["gap_percent"]
     proof = "optimal" if gap == 0 else f"at most {gap:.3g}% above the optimum"
-    table = Table(
-        title="schemes chosen",
-        caption=(
-            f"budget {describe_bytes(allocation['budget_bytes'])}, used "
-            f"{describe_bytes(allocation['bytes'])}\npredicted loss "
-            f"{allocation['predicted_loss']:.4g} nats per token, {proof}"
-        ),
-    )
+    table = Table(title="schemes chosen")
     for heading in ("scheme", "layers", "bits"):
         table.add_column(heading, justify="left" if heading == "scheme" else "right")
     for scheme, count in used.items():
         parsed = Scheme.parse(scheme)
         table.add_row(scheme, str(count), str(parsed.bits))
     screen().print(table)
+    facts = Table(show_header=False, box=None)
+    facts.add_row("budget", describe_bytes(allocation["budget_bytes"]))
+    facts.add_row("used", describe_bytes(allocation["bytes"]))
+    facts.add_row("predicted loss", f"{allocation['predicted_loss']:.4g} nats per token, {proof}")
+    screen().print(facts)
