@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lowbit.cli.allocation import allocation_of, print_allocation
 from lowbit.cli.screen import screen
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown_name
 
 if TYPE_CHECKING:
     from lowbit.algorithms import Algorithm
@@ -168,9 +168,11 @@ def _method(
         text: whether there is calibration text.
         stats: whether there are stored statistics.
     """
-    from lowbit.algorithms import make_algorithm
+    from lowbit.algorithms import ALGORITHMS, make_algorithm
     from lowbit.recipe import FOLDING
 
+    if algorithm is not None and algorithm.lower() not in (*ALGORITHMS, *FOLDING):
+        raise unknown_name("algorithm", algorithm, (*ALGORITHMS, *FOLDING))
     if options and algorithm is None:
         raise LowbitError(
             "--option is for an algorithm; name it with --algorithm, for example gptq"
