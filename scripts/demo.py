@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit import quantize
 from lowbit.calibration.tokens import TokenWindows, load_windows
 from lowbit.hf.loading import quiet_libraries, use_threads
+from lowbit.nn import kernels_of
 from lowbit.progress import RunProgress
 from scripts import command_line
 
@@ -52,11 +53,13 @@ class Row:
         name: scheme and algorithm.
         result: its scores against the original.
         continuation: what it writes after `PROMPT`, greedily.
+        kernels: what multiplied by its quantized weights, "" for the original.
     """
 
     name: str
     result: EvaluationResult
     continuation: str
+    kernels: str
 
 
 def load(directory: Path) -> Any:
@@ -72,7 +75,7 @@ def score(
     bar.stage(f"measuring {name}", len(windows))
     size = measure_size(directory)
     result = evaluate(model, windows, original, size=size, advance=lambda: bar.advance(1))
-    return Row(name, result, continuation(model))
+    return Row(name, result, continuation(model), ", ".join(kernels_of(model)))
 
 
 def continuation(model: Any) -> str:
@@ -148,6 +151,8 @@ def _run(arguments: argparse.Namespace) -> None:
         ]
     console.print()
     console.print(comparison(rows))
+    used = ", ".join(sorted({row.kernels for row in rows if row.kernels}))
+    console.print(f"Quantized weights were multiplied by: {used}", highlight=False)
     console.print(f"\n{PROMPT} ...", style="italic")
     for row in rows:
         console.print(f"  {row.name:<16} {row.continuation}", highlight=False, markup=False)
