@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +42,10 @@ from scripts.readme_tables import render  # noqa: E402
 
 needs_kernels = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason="there are no native kernels"
+)
+needs_c_compiler = pytest.mark.skipif(
+    not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")),
+    reason="the read ceiling needs a C compiler",
 )
 ORIGIN = {
     "device": {"cpu": "a processor", "cores": 2, "gpu": None},
@@ -125,6 +131,7 @@ def test_the_last_cache_is_found(tmp_path: Path) -> None:
         cpu_timing.cache_bytes(tmp_path / "nothing")
 
 
+@needs_c_compiler
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("streams", [1, 4])
 def test_plain_reading_reads_everything(streams: int, threads: int) -> None:
@@ -177,6 +184,8 @@ def test_peers_refuse_what_would_crash_them() -> None:
         PEERS["llama.cpp q4_0"].make(tiny_inputs("W4A16"), Settings())
 
 
+@needs_kernels
+@needs_c_compiler
 def test_a_wrong_result_is_refused_and_a_crash_is_left_out(tmp_path: Path) -> None:
     unit, crash = Unit("W4A16", 32, 256), ("crashing", 5, 1, "the process ended with signal 11")
     settings = Settings(threads=(1,), seconds=1e-3, crashed=(crash,))
