@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from lowbit.cli.options import (
+    Device,
+    LossMask,
+    Model,
+    Output,
+    Resume,
+    Samples,
+    Seed,
+    Seqlen,
+    TextField,
+)
 from lowbit.cli.screen import screen
 
 if TYPE_CHECKING:
@@ -16,28 +26,18 @@ if TYPE_CHECKING:
 
 
 def calibrate_command(
-    model: Annotated[
-        str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")
-    ],
-    stats: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    model: Model,
+    stats: Output,
     calibration: Annotated[
         str, typer.Option(help="Text, JSONL, data set, or token ids (.safetensors, .npy).")
     ],
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
-    text_field: Annotated[
-        str | None, typer.Option(help="Field of JSONL or data set rows; text or messages.")
-    ] = None,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Of chat messages, count only the answers.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = False,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    text_field: TextField = None,
+    loss_mask: LossMask = False,
+    device: Device = None,
+    resume: Resume = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model's activations once, for any number of `lowbit quantize --stats`.

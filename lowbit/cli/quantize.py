@@ -12,6 +12,19 @@ import typer
 from rich.table import Table
 
 from lowbit.cli.allocation import allocation_of, print_allocation
+from lowbit.cli.options import (
+    Device,
+    LossMask,
+    Model,
+    OptionalCalibration,
+    Output,
+    Resume,
+    Samples,
+    Seed,
+    Seqlen,
+    Stats,
+    TextField,
+)
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError, unknown_name
 
@@ -20,10 +33,8 @@ if TYPE_CHECKING:
 
 
 def quantize_command(
-    model: Annotated[
-        str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")
-    ],
-    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    model: Model,
+    output: Output,
     scheme: Annotated[str, typer.Option(help="For example W4A16_G64, W3A16_ASYM_G64, NF4_DQ.")] = (
         "W4A16_G64"
     ),
@@ -44,22 +55,13 @@ def quantize_command(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the algorithm; repeatable."),
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text, JSONL, data set, or token ids (.safetensors, .npy).")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
-    text_field: Annotated[
-        str | None, typer.Option(help="Field of JSONL or data set rows; text or messages.")
-    ] = None,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Of chat messages, count only the answers.")
-    ] = False,
-    stats: Annotated[
-        Path | None,
-        typer.Option(help="Statistics that `lowbit calibrate` wrote, instead of --calibration."),
-    ] = None,
+    calibration: OptionalCalibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    text_field: TextField = None,
+    loss_mask: LossMask = False,
+    stats: Stats = None,
     target_bits: Annotated[
         float | None,
         typer.Option(help="Choose a scheme per layer: at most so many bits per weight, 3.5."),
@@ -92,12 +94,8 @@ def quantize_command(
     ] = None,
     quantize_lm_head: Annotated[bool, typer.Option(help="Also the output projection.")] = False,
     quantize_embeddings: Annotated[bool, typer.Option(help="Also the embedding.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = False,
+    device: Device = None,
+    resume: Resume = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the manifest's summary.")
     ] = False,

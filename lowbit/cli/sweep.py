@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from lowbit.cli.options import Device, LossMask, Model, OptionalCalibration, Output, Samples, Stats
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
@@ -25,20 +26,13 @@ DEFAULT_SCHEMES = ("W4A16_G64", "W3A16_G64", "W2A16_G64")
 
 
 def sweep_command(
-    model: Annotated[
-        str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")
-    ],
-    output: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    model: Model,
+    output: Output,
     text: Annotated[
         str, typer.Option(help="What to measure on: as --text of `lowbit eval`, not calibration.")
     ],
-    calibration: Annotated[
-        str | None, typer.Option(help="Text, JSONL, data set, or token ids (.safetensors, .npy).")
-    ] = None,
-    stats: Annotated[
-        Path | None,
-        typer.Option(help="Statistics that `lowbit calibrate` wrote, instead of --calibration."),
-    ] = None,
+    calibration: OptionalCalibration = None,
+    stats: Stats = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(help=f"Repeatable; {', '.join(DEFAULT_SCHEMES)} by default."),
@@ -50,15 +44,13 @@ def sweep_command(
         list[str] | None,
         typer.Option(help="A preset beside the algorithms; repeatable. It may run the model."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    samples: Samples = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
     text_field: Annotated[
         str | None, typer.Option(help="Field of calibration rows; text or messages.")
     ] = None,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Of chat messages, count only the answers.")
-    ] = False,
+    loss_mask: LossMask = False,
     windows: Annotated[int | None, typer.Option(help="Measure on the first N windows.")] = None,
     text_seqlen: Annotated[
         int | None, typer.Option(help="Tokens per measured window; 2048 or the model's longest.")
@@ -67,9 +59,7 @@ def sweep_command(
         bool, typer.Option("--keep", help="Keep the quantized checkpoints in OUT/points.")
     ] = False,
     plot: Annotated[bool, typer.Option(help="Draw OUT/sweep.png.")] = True,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
-    ] = None,
+    device: Device = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the points that are there and go on.")
     ] = False,

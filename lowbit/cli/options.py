@@ -1,0 +1,29 @@
+"""Arguments and options that mean the same in several commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")]
+Output = Annotated[Path, typer.Argument(help="Folder to write; new or empty.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
+Seed = Annotated[int, typer.Option(help="Chooses the windows.")]
+TextField = Annotated[
+    str | None, typer.Option(help="Field of JSONL or data set rows; text or messages.")
+]
+LossMask = Annotated[
+    bool, typer.Option("--loss-mask", help="Of chat messages, count only the answers.")
+]
+OptionalCalibration = Annotated[
+    str | None, typer.Option(help="Text, JSONL, data set, or token ids (.safetensors, .npy).")
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(help="Statistics that `lowbit calibrate` wrote, instead of --calibration."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
