@@ -78,8 +78,8 @@ PRESETS: dict[str, Recipe] = {
     "best": Recipe(
         GPTQ(sweeps=4),
         mismatch=True,
-        tuning=BlockTuning(iterations=500),
-        end_to_end=ScaleTuning(),
+        tuning=BlockTuning(iterations=300),
+        end_to_end=ScaleTuning(steps=100, evaluations=5),
     ),
 }
 

@@ -222,7 +222,7 @@ def main() -> None:
     add(
         "--ours",
         nargs="+",
-        default=["rtn", "gptq"],
+        default=["rtn", "fast"],
         help="[label=]preset, [label=]algorithm[:option=value,...], or `none`",
     )
     add("--only", default=",".join(PEERS), help="tools to run, or `none`")
