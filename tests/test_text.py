@@ -83,6 +83,12 @@ def test_missing_source_is_refused_without_asking_the_hub(
         read_documents(source)
 
 
+@pytest.mark.parametrize("text", ["word " * 100, "one line\nand another"])
+def test_a_text_in_the_place_of_a_path_is_refused(text: str) -> None:
+    with pytest.raises(LowbitError, match="is a text itself"):
+        read_documents(text)
+
+
 def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="is a folder"):
         read_documents(str(tmp_path))

@@ -36,6 +36,9 @@ HUB_ROWS = 10_000
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 FILE_SUFFIXES = (".txt", ".md", ".json", *ROW_SUFFIXES)
 
+# Of a file in every common file system, in bytes; a system call refuses more.
+_LONGEST_NAME = 255
+
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(:(?P<split>[\w.-]+))?)?")
 
 
@@ -67,6 +70,10 @@ def read_documents(source: str, field: str | None = None) -> list[Document]:
             with fields though one was named, or `datasets` or the network is missing.
     """
     path = Path(source)
+    if len(path.name.encode()) > _LONGEST_NAME or "\n" in source:
+        raise LowbitError(
+            f"text {source[:40]!r}... is a text itself; write it to a .txt file and give its path"
+        )
     if path.is_dir():
         raise LowbitError(f"text {source!r} is a folder; give one .txt or .jsonl file")
     rows_of_file = path.suffix.lower() in ROW_SUFFIXES

@@ -87,9 +87,7 @@ def calibrate(
     checkpoint = Checkpoint.open(local_directory(model))
     check_places(checkpoint, directory, resume)
     decoder = StreamedDecoder(checkpoint, compute_dtype(checkpoint, where, True), where)
-    tokens = calibration_tokens(
-        decoder, str(calibration), samples, seqlen, seed, text_field, loss_mask
-    )
+    tokens = calibration_tokens(decoder, calibration, samples, seqlen, seed, text_field, loss_mask)
     with threads_of_run(directory):
         return Calibration(decoder, tokens, directory).execute(resume, progress)
 

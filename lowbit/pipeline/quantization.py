@@ -136,7 +136,7 @@ def quantize(
     tokens = None
     if calibration is not None:
         tokens = calibration_tokens(
-            decoder, str(calibration), samples, seqlen, seed, text_field, loss_mask
+            decoder, calibration, samples, seqlen, seed, text_field, loss_mask
         )
     allocated = None
     if allocation is not None and tokens is not None:

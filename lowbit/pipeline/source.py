@@ -78,14 +78,24 @@ def check_places(checkpoint: Checkpoint, directory: Path, resume: bool) -> None:
 
 def calibration_tokens(
     decoder: StreamedDecoder,
-    source: str,
+    source: str | Path,
     samples: int,
     seqlen: int,
     seed: int,
     text_field: str | None = None,
     loss_mask: bool = False,
 ) -> CalibrationTokens:
-    """Returns the windows of `source` for a model; see `load_calibration`."""
+    """Returns the windows of `source` for a model; see `load_calibration`.
+
+    Raises:
+        LowbitError: the source is unusable, or something else than a path or a name.
+    """
+    if not isinstance(source, (str, Path)):
+        raise LowbitError(
+            f"calibration must be a path or a name, got {type(source).__name__}; write texts to a "
+            "JSONL file, and token ids to a .npy or .safetensors file"
+        )
+    source = str(source)
     text_config = decoder.model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
