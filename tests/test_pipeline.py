@@ -274,7 +274,7 @@ def test_bits_per_weight_is_what_the_files_hold(tmp_path: Path, token_file: Path
 
 
 def test_calibration_that_is_no_path_is_refused(tmp_path: Path) -> None:
-    make_tiny("llama").save_pretrained(tmp_path / "model")
+    build_tiny("llama", tmp_path / "model", torch.bfloat16)
     with pytest.raises(lowbit.LowbitError, match="must be a path or a name, got list"):
         lowbit.quantize(tmp_path / "model", tmp_path / "out", calibration=["a text"])  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
