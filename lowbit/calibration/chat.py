@@ -6,7 +6,7 @@ tokens, because the template has written them.
 Where a template puts an answer is found by rendering the conversation up to that turn: the whole
 must begin with it, and the answer's text comes next. Only that text is counted, not what the
 template puts around it: the mark that ends a turn predicts the header of the next one, which the
-model never had to learn. Reading the template's own `{% generation %}` marks was rejected: few
+model never had to learn. Training counts that mark as well: it is how a model stops. Reading the template's own `{% generation %}` marks was rejected: few
 templates have them.
 """
 
@@ -32,7 +32,7 @@ def has_template(tokenizer: Tokenizer) -> bool:
 
 
 def encode_conversation(
-    document: Document, tokenizer: Tokenizer, with_mask: bool
+    document: Document, tokenizer: Tokenizer, with_mask: bool, with_ends: bool = False
 ) -> tuple[list[int], list[bool] | None]:
     """Returns the ids of a conversation and, with a mask, which of them belong to answers.
 
@@ -40,6 +40,7 @@ def encode_conversation(
         document: with `messages`.
         tokenizer: has a chat template; a fast one if a mask is asked for.
         with_mask: also return the mask.
+        with_ends: the mask holds the special token that ends an answer too, and blanks before it.
 
     Raises:
         LowbitError: the template refuses the conversation, or the answers cannot be found in what
@@ -59,7 +60,30 @@ def encode_conversation(
         for index, (first, last) in enumerate(encoded["offset_mapping"]):
             # A word's token may begin with the blank before it: any overlap counts.
             mask[index] |= max(first, start) < min(last, end)
+        if with_ends:
+            for index in _end_of_turn(ids, encoded["offset_mapping"], text, end, tokenizer):
+                mask[index] = True
     return ids, mask
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Returns the ids of the tokens that stand for no text: those that begin and end turns, too."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
+
+
+def _end_of_turn(
+    ids: list[int], offsets: Sequence[tuple[int, int]], text: str, end: int, tokenizer: Any
+) -> range:
+    """Returns the tokens that end the answer whose text ends at character `end`; none without."""
+    special = special_ids(tokenizer)
+    begin = next((index for index, (first, _) in enumerate(offsets) if first >= end), len(ids))
+    for index in range(begin, len(ids)):
+        if ids[index] in special:
+            return range(begin, index + 1)
+        if text[slice(*offsets[index])].strip():
+            break
+    return range(0)
 
 
 def answer_spans(

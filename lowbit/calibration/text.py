@@ -39,7 +39,7 @@ FILE_SUFFIXES = (".txt", ".md", ".json", *ROW_SUFFIXES)
 # Of a file in every common file system, in bytes; a system call refuses more.
 _LONGEST_NAME = 255
 
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(:(?P<split>[\w.-]+))?)?")
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(:(?P<split>[\w.-]+))?)?")
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def read_documents(source: str, field: str | None = None) -> list[Document]:
     elif source == "pydoc":
         documents = _read_pydoc()
     elif source == "wikitext2":
-        rows = _stream_hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+        rows = stream_hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
         documents = [Document("wikitext2", SEPARATOR.join(row["text"] for row in rows))]
-    elif path.suffix.lower() not in FILE_SUFFIXES and (hub := _HUB_NAME.fullmatch(source)):
-        rows = _stream_hub(hub["name"], hub["config"], hub["split"] or "train")
+    elif path.suffix.lower() not in FILE_SUFFIXES and (hub := HUB_NAME.fullmatch(source)):
+        rows = stream_hub(hub["name"], hub["config"], hub["split"] or "train")
         documents = [
             _document_of_row(row, f"{source}:{number}", field)
             for number, row in enumerate(rows, start=1)
@@ -125,23 +125,29 @@ def decode_utf8(path: Path) -> str:
 
 
 def _read_file(path: Path, field: str | None) -> list[Document]:
-    text = decode_utf8(path)
     if path.suffix.lower() not in ROW_SUFFIXES:
-        return [Document(path.name, text)]
-    documents = []
+        return [Document(path.name, decode_utf8(path))]
+    return [_document_of_row(row, where, field) for where, row in read_json_lines(path)]
+
+
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """Returns the rows of a JSONL file, each with its place ("corpus.jsonl:12"), without blank ones.
+
+    Raises:
+        LowbitError: see `decode_utf8`; or a line is not JSON.
+    """
+    rows = []
     # Not str.splitlines: JSON strings may hold U+2028 and other line breaks unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(decode_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path.name}:{number}"
         try:
-            row = json.loads(line)
+            rows.append((f"{path.name}:{number}", json.loads(line)))
         except ValueError as error:
             raise LowbitError(
                 f"text {str(path)!r}: line {number} is not JSON ({error}); write one object a line"
             ) from error
-        documents.append(_document_of_row(row, where, field))
-    return documents
+    return rows
 
 
 def _document_of_row(row: Any, where: str, field: str | None) -> Document:
@@ -177,8 +183,14 @@ def _read_pydoc() -> list[Document]:
     return [Document(name, topics[name]) for name in sorted(topics)]
 
 
-def _stream_hub(name: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    """Returns the first `HUB_ROWS` rows of a split; only the files that hold them are fetched."""
+def stream_hub(
+    name: str, config: str | None, split: str, limit: int | None = HUB_ROWS
+) -> Iterable[Mapping[str, Any]]:
+    """Returns the first `limit` rows of a split; only the files that hold them are fetched.
+
+    Raises:
+        LowbitError: `datasets` or the network is missing, or the hub has no such split.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -187,7 +199,7 @@ def _stream_hub(name: str, config: str | None, split: str) -> Iterable[Mapping[s
         ) from error
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        return list(itertools.islice(rows, HUB_ROWS))
+        return list(itertools.islice(rows, limit))
     # Every way a download fails (offline, gated, no such name, config or split) ends in one of
     # these; httpx and requests errors are OSError or RuntimeError under `datasets`.
     except (OSError, ValueError, RuntimeError) as error:
