@@ -6,8 +6,8 @@ tokens, because the template has written them.
 Where a template puts an answer is found by rendering the conversation up to that turn: the whole
 must begin with it, and the answer's text comes next. Only that text is counted, not what the
 template puts around it: the mark that ends a turn predicts the header of the next one, which the
-model never had to learn. Training counts that mark as well: it is how a model stops. Reading the template's own `{% generation %}` marks was rejected: few
-templates have them.
+model never had to learn. Training counts that mark as well: it is how a model stops. Reading the
+template's own `{% generation %}` marks was rejected: few templates have them.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _read_file(path: Path, field: str | None) -> list[Document]:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """Returns the rows of a JSONL file, each with its place ("corpus.jsonl:12"), without blank ones.
+    """Returns the rows of a JSONL file, each with its place ("corpus.jsonl:12").
 
     Raises:
         LowbitError: see `decode_utf8`; or a line is not JSON.

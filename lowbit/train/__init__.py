@@ -1,0 +1,1 @@
+"""Training: adapters on a frozen low-bit base, and quantization-aware training."""
