@@ -59,6 +59,10 @@ class TensorEntry:
 
     def __getitem__(self, _: Any) -> Tensor:
         """Returns the whole tensor: transformers' loader asks lazy tensors for `[...]`."""
+        return self.exact()
+
+    def exact(self) -> Tensor:
+        """Returns the tensor before it is rounded to `dtype`, where it is computed; else `read`."""
         return self.read()
 
     def read(self) -> Tensor:
@@ -84,7 +88,11 @@ class Checkpoint:
         path: the directory.
         config: the parsed `config.json`.
         entries: tensor name -> `TensorEntry`, in the order of files and offsets.
+        derivation: how tensors are computed from those of the files, JSON values, for a subclass
+            whose entries are (a merge); part of what every result depends on.
     """
+
+    derivation: dict[str, Any] | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
         self.path, self.config, self.entries = path, config, entries
@@ -130,6 +138,13 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Returns the safetensors files, sorted by name."""
         return sorted({entry.file for entry in self.entries.values()})
+
+    def measured_model(self) -> dict[str, Any] | None:
+        """Returns the digests of the model whose statistics fit, where it is another one.
+
+        `config` and `weights` as `StoredStatistics.require_model` takes them. None: this one.
+        """
+        return None
 
     def verify(self, advance: Callable[[int], None] | None = None) -> dict[str, str]:
         """Returns file name -> SHA-256 of every weight file, after reading every weight once.

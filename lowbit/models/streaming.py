@@ -28,7 +28,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.foreign import one_sentence
 from lowbit.models.layers import find_decoder_layers
-from lowbit.models.sources import parameter_sources
+from lowbit.models.sources import Source, parameter_sources
 from lowbit.nn.replace import module_name
 
 
@@ -67,7 +67,7 @@ class StreamedDecoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.model = _meta_model(checkpoint, dtype)
+        self.model = meta_model(checkpoint, dtype)
         self.layers_name, self.layers = find_decoder_layers(self.model)
         self._returns_tuple: bool | None = None
         self._mapping = get_model_conversion_mapping(self.model)
@@ -94,11 +94,19 @@ class StreamedDecoder:
 
         A tied head is the embedding; what transformers computes is taken from the loaded piece.
         """
-        source = self.sources.get(target) or self.sources[f"{self.embedding_name}.weight"]
+        source = self._source(target)
         if source.converted:
             made: Tensor = self.model.get_parameter(target).detach()
             return made.cpu().to(source.entries[0].dtype)
         return source.entries[0].read()
+
+    def exact(self, target: str) -> Tensor:
+        """Returns `original(target)` before it is rounded, where a checkpoint computes it."""
+        source = self._source(target)
+        return self.original(target) if source.converted else source.entries[0].exact()
+
+    def _source(self, target: str) -> Source:
+        return self.sources.get(target) or self.sources[f"{self.embedding_name}.weight"]
 
     def targets(self, module_name: str) -> list[str]:
         """Returns the parameters below module `module_name`, in the model's order."""
@@ -264,9 +272,16 @@ def _no_inner_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the model of `checkpoint` without weights, its buffers on the CPU.
+
+    Raises:
+        LowbitError: if the config names no known model, or disagrees with the tensors.
+    """
     with one_sentence(str(checkpoint.path), "model that config.json describes"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        if checkpoint.config.get("tie_word_embeddings") is False:
+            config.tie_word_embeddings = False  # a merge may part what the file ties
         depth = config.get_text_config(decoder=True).num_hidden_layers
         if depth > len(checkpoint.entries):
             raise LowbitError(

@@ -81,7 +81,9 @@ class Plan:
             bar.stage("checking weights", sum(e.end - e.begin for e in source.entries.values()))
             weights = source.verify(bar.advance)
             if self.stored is not None:
-                self.stored.require_model(digest_json(source.config), weights)
+                own: dict[str, Any] = {"config": digest_json(source.config), "weights": weights}
+                measured = source.measured_model() or own
+                self.stored.require_model(measured["config"], measured["weights"])
             fingerprint = self.fingerprint(weights)
             self._check_space()
             with claim(self.directory, resume):
@@ -153,6 +155,10 @@ class Plan:
             content["calibration"] = {**tokens.description, "digest": tokens.digest}
         elif self.stored is not None:
             content["calibration"] = self.stored.description()
+            if source.derivation is not None:
+                content["calibration"]["of"] = "the full-precision model, before it was changed"
+        if source.derivation is not None:
+            content["derivation"] = source.derivation
         # Compared with what a journal gives back: tuples have become lists there.
         return cast(Fingerprint, json.loads(json.dumps(content)))
 

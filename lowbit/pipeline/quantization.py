@@ -32,7 +32,7 @@ from lowbit.scheme import Scheme
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     output: str | Path,
     *,
     scheme: str | Scheme = "W4A16_G64",
@@ -59,7 +59,8 @@ def quantize(
     """Quantizes a checkpoint to `output` and returns it; the whole model is never in memory.
 
     Args:
-        model: directory of a Hugging Face decoder in safetensors, or the name of one on the hub.
+        model: directory of a Hugging Face decoder in safetensors, the name of one on the hub, or a
+            checkpoint whose tensors are computed as they are asked for (see `lowbit.merging`).
         output: directory to write, new or empty.
         scheme: for every linear layer of the decoder blocks, for example "W4A16_G64".
         algorithm: "gptq" (where neither it nor `quality` is given), "rtn", "awq" (folds, then
@@ -105,7 +106,7 @@ def quantize(
         recipe=recipe.surroundings(),
     )
     directory, where = Path(output), choose_device(device)
-    checkpoint = Checkpoint.open(local_directory(model))
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(local_directory(model))
     check_places(checkpoint, directory, resume)
     stored = None if stats is None else StoredStatistics.open(stats)
     has_data = calibration is not None or stored is not None

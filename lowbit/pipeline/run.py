@@ -285,7 +285,7 @@ class QuantizationRun:
         if target in state.changed:
             weight = _weight(module).detach().clone()
         else:
-            weight = self.decoder.original(target).to(self.decoder.device)
+            weight = self.decoder.exact(target).to(self.decoder.device)
         return weight.T if weight_is_transposed(module) else weight
 
     def _write_module(self, name: str, state: OpenPiece, writer: ShardWriter) -> None:
