@@ -20,6 +20,7 @@ from torch import nn
 from lowbit.calibration.tokens import Tokenizer
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.errors import LowbitError, unknown_name
+from lowbit.hf.config import LowbitConfig
 from lowbit.models.foreign import one_line, one_sentence
 from lowbit.nn import prepare_model
 
@@ -122,6 +123,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | None = None,
     activations: str = "float",
+    scheme: str | None = None,
 ) -> nn.Module:
     """Returns the causal language model of a checkpoint, in evaluation mode on `device`.
 
@@ -130,19 +132,30 @@ def load_model(
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
         device: None for `choose_device(None)`.
         activations: "float", or "int8", see `lowbit.prepare_model`.
+        scheme: quantize a 16-bit checkpoint to this while loading, by rounding.
 
     Raises:
-        LowbitError: see `load_config`; also weights that are missing or of another shape, and
-            "int8" activations where nothing here multiplies by them.
+        LowbitError: see `load_config`; also weights that are missing or of another shape, a scheme
+            for a checkpoint that is quantized already, and "int8" activations where nothing here
+            multiplies by them.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype.lower() not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     target = device or choose_device(None)
-    load_config(path)
+    options: dict[str, Any] = {}
+    if getattr(load_config(path), "quantization_config", None) is None:
+        if scheme is not None:
+            options["quantization_config"] = LowbitConfig(scheme=scheme)
+    elif scheme is not None:
+        raise LowbitError(
+            f"{path}: is already quantized, so it cannot be quantized to {scheme} while loading; "
+            "give the 16-bit model, or leave the scheme out"
+        )
     # A map loads straight to the GPU; on the CPU there is nothing to place.
-    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    if target.type != "cpu":
+        options["device_map"] = {"": target}
     with _loading(path, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -152,7 +165,7 @@ def load_model(
             output_loading_info=True,
             # Its own error names no tensor; `_check_loaded` does.
             ignore_mismatched_sizes=True,
-            **placement,
+            **options,
         )
     _check_loaded(path, info)
     loaded: nn.Module = model.eval()
