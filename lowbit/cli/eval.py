@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from lowbit.calibration.tokens import TokenWindows
 
-# The protocol's window; a shorter model takes its own longest.
-PROTOCOL_SEQLEN = 2048
 STANDARD_OUTPUT = Path("-")
 
 
@@ -65,7 +63,13 @@ def eval_command(
     from lowbit_eval.report import render
     from rich.console import Console
 
-    from lowbit.hf.loading import choose_device, load_model, quiet_libraries, use_threads
+    from lowbit.hf.loading import (
+        choose_device,
+        evaluation_windows,
+        load_model,
+        quiet_libraries,
+        use_threads,
+    )
     from lowbit.progress import RunProgress
 
     quiet_libraries()
@@ -73,7 +77,7 @@ def eval_command(
     use_threads(threads)
     target = choose_device(device)
     # Everything that can be wrong with the input is found before the weights are loaded.
-    chosen = windows_of(path, text, seqlen, windows)
+    chosen = evaluation_windows(path, text, seqlen, windows)
     slicing = _slicing(slices, labels, chosen)
     if against is not None:
         _check_baseline(against, chosen)
@@ -86,25 +90,6 @@ def eval_command(
     _write(result, {"path": path, "text": text, "against": against}, json_output)
     if json_output != STANDARD_OUTPUT:
         screen().print(render(result))
-
-
-def windows_of(path: str, text: str, seqlen: int | None, limit: int | None) -> TokenWindows:
-    """Returns the windows to evaluate, tokenised by the model's own tokenizer."""
-    from lowbit.calibration.tokens import TOKEN_SUFFIXES, load_windows
-    from lowbit.hf.loading import load_config, load_tokenizer
-
-    if limit is not None and limit < 1:
-        raise LowbitError(f"--windows must be at least 1, got {limit}")
-    config = load_config(path)
-    longest = getattr(config, "max_position_embeddings", None)
-    if seqlen is None:
-        seqlen = min(PROTOCOL_SEQLEN, longest or PROTOCOL_SEQLEN)
-    elif longest is not None and seqlen > longest:
-        raise LowbitError(f"--seqlen {seqlen} is longer than the {longest} tokens of {path}")
-    needs_tokenizer = Path(text).suffix.lower() not in TOKEN_SUFFIXES
-    tokenizer = load_tokenizer(path) if needs_tokenizer else None
-    found = load_windows(text, tokenizer, config.vocab_size, seqlen)
-    return found if limit is None else found.first(limit)
 
 
 def _slicing(by_document: bool, labels: Path | None, windows: TokenWindows) -> Slicing | None:

@@ -69,9 +69,8 @@ def sweep_command(
 
     Example: lowbit sweep ./llama ./sweep --calibration text.txt --text wikitext2 --windows 32
     """
-    from lowbit.cli.eval import windows_of
     from lowbit.cli.quantize import exit_interrupted
-    from lowbit.hf.loading import choose_device, quiet_libraries
+    from lowbit.hf.loading import choose_device, evaluation_windows, quiet_libraries
     from lowbit.sweep import PLOT_NAME, draw, grid, require_plotting
 
     quiet_libraries()
@@ -81,7 +80,7 @@ def sweep_command(
     if plot:
         require_plotting()
     target = choose_device(device)
-    chosen = windows_of(model, text, text_seqlen, windows)
+    chosen = evaluation_windows(model, text, text_seqlen, windows)
     data = Calibration(calibration, samples, seqlen, seed, text_field, loss_mask)
     with exit_interrupted():
         results = _Measuring(model, output, data, stats, chosen, target).run(points, resume, keep)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.calibration.tokens import Tokenizer
+from lowbit.calibration.tokens import TOKEN_SUFFIXES, Tokenizer, TokenWindows, load_windows
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.hf.config import LowbitConfig
@@ -30,6 +30,9 @@ DTYPES: dict[str, Any] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+# The window of the evaluation's protocol; a shorter model takes its own longest.
+PROTOCOL_SEQLEN = 2048
 
 # Any of these makes a folder one with a tokenizer.
 TOKENIZER_FILES = (
@@ -116,6 +119,34 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     with _loading(path, "tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
+
+
+def evaluation_windows(
+    path: str, text: str, seqlen: int | None = None, limit: int | None = None
+) -> TokenWindows:
+    """Returns the windows of `text` to evaluate a model on, tokenised by its own tokenizer.
+
+    Args:
+        path: the model.
+        text: see `load_windows`.
+        seqlen: tokens in a window; None for the protocol's 2048, or the model's longest.
+        limit: only so many windows, None for all.
+
+    Raises:
+        LowbitError: see `load_config` and `load_windows`; also a window the model is too short for.
+    """
+    if limit is not None and limit < 1:
+        raise LowbitError(f"--windows must be at least 1, got {limit}")
+    config = load_config(path)
+    longest = getattr(config, "max_position_embeddings", None)
+    if seqlen is None:
+        seqlen = min(PROTOCOL_SEQLEN, longest or PROTOCOL_SEQLEN)
+    elif longest is not None and seqlen > longest:
+        raise LowbitError(f"--seqlen {seqlen} is longer than the {longest} tokens of {path}")
+    needs_tokenizer = Path(text).suffix.lower() not in TOKEN_SUFFIXES
+    tokenizer = load_tokenizer(path) if needs_tokenizer else None
+    found = load_windows(text, tokenizer, config.vocab_size, seqlen)
+    return found if limit is None else found.first(limit)
 
 
 def load_model(
