@@ -1,9 +1,10 @@
-"""Makes transformers know the quantization method "lowbit" without anyone importing lowbit.
+"""Makes transformers and PEFT know lowbit's models without anyone importing lowbit.
 
 transformers has no entry points for quantizers, but torch runs the group `torch.backends` at the
 end of `import torch`. `install` runs there, so it must stay cheap: it puts a finder on
 `sys.meta_path`, and once transformers' tables of quantizers exist, they are replaced by ones that
-import lowbit when "lowbit" is looked up. Nothing else of transformers is changed.
+import lowbit when "lowbit" is looked up. Nothing else of transformers is changed. PEFT is told of
+our layers once its tuners exist, see `lowbit/adapters/registration.py`.
 
 torch may first be imported from inside `transformers.quantizers.auto`, whose tables do not exist
 yet and whose import no finder will see again. `transformers.modeling_utils`, which every
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,7 +23,7 @@ from typing import Any
 
 _METHOD = "lowbit"
 _TABLES_MODULE = "transformers.quantizers.auto"
-_WATCHED = (_TABLES_MODULE, "transformers.modeling_utils")
+_REGISTRATION = "lowbit.adapters.registration"
 # table -> (module, class) of our entry
 _ENTRIES = {
     "AUTO_QUANTIZER_MAPPING": ("lowbit.hf.quantizer", "LowbitHfQuantizer"),
@@ -31,10 +32,10 @@ _ENTRIES = {
 
 
 def install() -> None:
-    """Makes both tables lazy, now or when they come to exist; again and again does nothing."""
-    if _make_tables_lazy() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _Finder())
+    """Does what is to be done, now or when it can be; again and again does nothing."""
+    done = [act() for act in dict.fromkeys(_WATCHED.values())]
+    if not all(done) and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 class _LazyTable(dict[str, Any]):
@@ -65,19 +66,19 @@ class _Finder(MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
-                _run_after(spec)
+                _run_after(spec, _WATCHED[fullname])
                 return spec
         return None
 
 
-def _run_after(spec: ModuleSpec) -> None:
-    """Wraps the loader of `spec`, so that the tables are looked for after the module has run."""
+def _run_after(spec: ModuleSpec, act: Callable[[], bool]) -> None:
+    """Wraps the loader of `spec`, so that `act` is called after the module has run."""
     loader: Any = spec.loader
     execute = loader.exec_module
 
     def execute_and_look(module: ModuleType) -> None:
         execute(module)
-        _make_tables_lazy()
+        act()
 
     loader.exec_module = execute_and_look
 
@@ -92,3 +93,19 @@ def _make_tables_lazy() -> bool:
         if not isinstance(getattr(module, table), _LazyTable):
             setattr(module, table, _LazyTable(getattr(module, table), *entry))
     return True
+
+
+def _register_adapters() -> bool:
+    """Tells PEFT of our layers if its tuners exist; returns whether it knows them now."""
+    if not hasattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTuner"):
+        return False
+    registered: bool = importlib.import_module(_REGISTRATION).register()
+    return registered
+
+
+# module -> what to do after it has run; False if there is nothing to be done yet
+_WATCHED: dict[str, Callable[[], bool]] = {
+    _TABLES_MODULE: _make_tables_lazy,
+    "transformers.modeling_utils": _make_tables_lazy,
+    "peft.tuners.tuners_utils": _register_adapters,
+}

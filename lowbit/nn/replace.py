@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -98,7 +98,7 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, TiedQuantLinear):
             tied.append(name)
         elif isinstance(module, StoredWeight):
-            model.set_submodule(name, _plain_like(module, dtype))
+            model.set_submodule(name, plain_like(module, module.dequantize(dtype)))
     for name in tied:
         head = model.get_submodule(name)
         plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
@@ -109,8 +109,13 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _plain_like(module: StoredWeight, dtype: torch.dtype) -> nn.Module:
-    weight = module.dequantize(dtype)
+def plain_like(module: StoredWeight, weight: Tensor) -> nn.Module:
+    """Returns a module of the class that `module` replaced, with its bias and another weight.
+
+    Args:
+        module: the quantized one, left as it is.
+        weight: float `[out_features, in_features]`; an embedding's table `[rows, columns]`.
+    """
     plain: nn.Module
     plain_class: Any = module.plain_class
     if isinstance(module, QuantEmbedding):
