@@ -14,8 +14,10 @@ import typer
 from lowbit.cli.bench import bench_command
 from lowbit.cli.calibrate import calibrate_command
 from lowbit.cli.eval import eval_command
+from lowbit.cli.finetune import finetune_command
 from lowbit.cli.generate import generate_command
 from lowbit.cli.inspect import inspect_command
+from lowbit.cli.merge import merge_command
 from lowbit.cli.quantize import quantize_command
 from lowbit.cli.sweep import sweep_command
 from lowbit.errors import LowbitError
@@ -34,7 +36,9 @@ app.command("sweep")(sweep_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)
+app.command("finetune")(finetune_command)
 app.command("inspect")(inspect_command)
+app.command("merge")(merge_command)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
