@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lowbit import LowbitConfig, LowbitError, QuantizedWeight, Scheme
 from lowbit.adapters.layer import QuantLoraLinear
@@ -38,10 +37,11 @@ def quantized(tmp_path: Path, name: str = "llama", scheme: str = "NF4_DQ", **opt
 
 
 def one_layer(scheme: str, shape: tuple[int, int] = (48, 168), bias: bool = True) -> QuantLinear:
-    rows, columns = shape
     result = RTN().quantize(torch.randn(shape) * 0.1, Scheme.parse(scheme), None)
     weight = QuantizedWeight.from_codes(result.codes, result.grid)
-    return QuantLinear.from_quantized(weight, torch.randn(rows) if bias else None, torch.float32)
+    return QuantLinear.from_quantized(
+        weight, torch.randn(shape[0]) if bias else None, torch.float32
+    )
 
 
 class Holder(nn.Module):
@@ -56,12 +56,13 @@ class Holder(nn.Module):
         return result
 
 
-def adapted(layer: QuantLinear, **options: Any) -> QuantLoraLinear:
+def adapted(layer: QuantLinear, **options: Any) -> Any:
     """Returns `layer` with an adapter of random A and B."""
     config = LoraConfig(**{"target_modules": ["layer"], "r": 4, "lora_alpha": 12, **options})
-    lora: QuantLoraLinear = get_peft_model(Holder(layer), config).base_model.model.layer  # type: ignore[arg-type]
-    randomise(lora)
-    return lora
+    holder: Any = Holder(layer)
+    get_peft_model(holder, config)
+    randomise(holder)
+    return holder.layer
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def randomise(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def oracle(lora: QuantLoraLinear, x: Tensor, adapter: str = "default") -> np.ndarray:
+def oracle(lora: Any, x: Tensor, adapter: str = "default") -> Any:
     """Returns what the layer computes, in float64 from the papers."""
     weight = lora.quantized.quantized_weight.dequantize().double().numpy()
     a = lora.lora_A[adapter].weight.detach().double().numpy()

@@ -275,8 +275,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
             if self.lora_bias[name]:
                 if bias is None:
                     raise LowbitError(
-                        f"adapter {name!r} has a bias, but its layer has none to add it to; keep it "
-                        "as an adapter, or train with lora_bias=False"
+                        f"adapter {name!r} has a bias, but its layer has none to add it to; keep "
+                        "it as an adapter, or train with lora_bias=False"
                     )
                 added = self.lora_B[name].bias.detach() * self.scaling[name]
                 bias = nn.Parameter(bias.detach() + added.to(bias.dtype), requires_grad=False)
@@ -293,11 +293,11 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         if self._put_aside is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        plain, (base,) = self.base_layer, self._put_aside
+        weight, (base,) = cast(nn.Linear, self.base_layer).weight, self._put_aside
         self._put_aside, self.base_layer = None, base
         self.merged_adapters.clear()
         # What moved or cast the model meanwhile did not see it.
-        base.to(device=plain.weight.device, dtype=plain.weight.dtype)
+        base.to(device=weight.device, dtype=weight.dtype)
         base.train(self.training)
 
     def unload_and_optionally_merge_module(
@@ -308,7 +308,7 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         elif self.merged:
             self.unmerge()
-        return cast(nn.Module, self.base_layer)
+        return self.base_layer
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "lowbit.", 1)

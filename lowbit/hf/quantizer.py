@@ -31,6 +31,7 @@ from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.hf.headers import check_full_precision, check_quantized
 from lowbit.memory import drop_mapped_pages
 from lowbit.models.selection import select_modules
+from lowbit.nn.linear import TiedQuantLinear
 from lowbit.nn.prepared import prepare_model
 from lowbit.nn.replace import module_name, replace_modules, restore_modules, tied_head_name
 from lowbit.nn.stored import StoredWeight
@@ -154,16 +155,44 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         _restore_scale_dtypes(model)
         _require_sound_scales(model)
         prepare_model(model)
+        # `prepare_model_for_kbit_training` widens every 16-bit parameter to fp32 and leaves out
+        # gradient checkpointing, except for the methods that it knows: this is the flag of one.
+        model.hqq_quantized = True
         return model
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes: the model's tensors and the sentinel."""
+        self._record_merges(model)
         names = [name for name, part in model.named_modules() if isinstance(part, StoredWeight)]
         state: dict[str, Tensor] = model.state_dict()
-        state[sentinel_key(names)] = torch.empty(0, dtype=torch.uint8)
+        if names:
+            state[sentinel_key(names)] = torch.empty(0, dtype=torch.uint8)
+        else:
+            self.remove_quantization_config(model)
         return state, {}
+
+    def _record_merges(self, model: PreTrainedModel) -> None:
+        """Lets the config say which modules are in 16 bits by now, after adapters were merged."""
+        modules = dict(model.named_modules())
+        if any(name.endswith(".base_layer") for name in modules):
+            return  # only the adapters are saved
+        plain = [
+            name
+            for name in self.selected
+            if name in modules and not isinstance(modules[name], StoredWeight)
+        ]
+        config = self.quantization_config
+        config.modules_to_not_convert += [
+            name for name in plain if name not in config.modules_to_not_convert
+        ]
+        if module_name(model, model.get_output_embeddings()) in plain:
+            config.quantize_lm_head = False
+        if isinstance(model.get_output_embeddings(), TiedQuantLinear):
+            # PEFT compares addresses after a merge, and a decoded weight is never at the same one.
+            for part in (model.config, model.config.get_text_config(decoder=True)):
+                part.tie_word_embeddings = True
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
