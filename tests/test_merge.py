@@ -333,7 +333,7 @@ def test_the_command_refuses_in_one_sentence(
     ("options", "named"),
     [
         ({"to": "W5A16"}, "--to W5A16"),
-        ({"to": "bf16", "calibration": "x.txt"}, "only rounds"),
+        ({"to": "bf16", "calibration": "x.txt"}, "only rounds and has no use for calibration"),
         ({"to": "W4A16", "stats": "nowhere"}, "no statistics"),
         ({"held_out": HeldOut()}, "--no-measure"),
         ({"held_out": HeldOut("nothing.npy")}, "nothing.npy"),
@@ -389,3 +389,66 @@ def test_a_weight_that_overflows_is_refused(pair: tuple[Path, Path], tmp_path: P
             held_out=SKIP,
             progress=False,
         )
+
+
+def zero_point_adapter(path: Path, scheme: str, name: str = "llama") -> tuple[Path, Path, Any]:
+    """Returns a base, an adapter for its zero points, and PEFT's model of both."""
+    base = make_base(path, name, scheme)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = LINEARS if name == "llama" else ["c_attn", "c_proj"]
+    peft = trained_adapter(model, path / "adapter", r=1, target_modules=targets, use_qalora=True)
+    return base, path / "adapter", peft
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "W4A16_ASYM_G64"), ("llama", "W2A16_ASYM_G32_DQ"), ("gpt2", "W3A16_ASYM_CHANNEL")],
+)
+def test_an_adapter_of_zero_points_merges_exactly(
+    name: str, scheme: str, tokens: str, tmp_path: Path
+) -> None:
+    base, adapter, peft = zero_point_adapter(tmp_path, scheme, name)
+    held_out = HeldOut(tokens, seqlen=48)
+    found = merge(base, adapter, tmp_path / "out", to=scheme, held_out=held_out, progress=False)
+    before, after = all_tensors(base), all_tensors(found.path)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(key.endswith("weight_zero_point") for key in changed)
+    merged = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32)
+    decoded = merged.dequantize().state_dict()
+    expected = peft.merge_and_unload().state_dict()
+    for key in (key.replace("_zero_point", "") for key in changed):
+        assert torch.equal(decoded[key], expected[key]), key
+    assert found.measured is not None
+    assert found.measured.kl < 1e-3  # of bf16 arithmetic
+    plain = merge(base, adapter, tmp_path / "plain", to="fp32", held_out=held_out, progress=False)
+    assert plain.measured is not None
+    assert plain.measured.kl < 1e-7
+
+
+def test_an_exact_merge_is_resumed(tmp_path: Path) -> None:
+    base, adapter, _ = zero_point_adapter(tmp_path, "W4A16_ASYM_G64")
+    options: dict[str, Any] = {"to": "W4A16_ASYM_G64", "held_out": SKIP, "progress": False}
+    merge(base, adapter, tmp_path / "whole", **options)
+    killed_merge(2, base, adapter, tmp_path / "out", **options)
+    merge(base, adapter, tmp_path / "out", resume=True, **options)
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    merge(base, adapter, tmp_path / "out", resume=True, **options)
+
+
+def test_an_adapter_of_zero_points_needs_its_base(tmp_path: Path) -> None:
+    _, adapter, _ = zero_point_adapter(tmp_path, "W4A16_ASYM_G64")
+    options: dict[str, Any] = {"held_out": SKIP, "progress": False}
+    with pytest.raises(LowbitError, match="use_qalora"):
+        merge(tmp_path / "original", adapter, tmp_path / "out", **options)
+    quantize(
+        tmp_path / "original", tmp_path / "b", scheme="W4A16_ASYM_G32", algorithm="rtn",
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(LowbitError, match="give the base that it was trained on"):
+        merge(tmp_path / "b", adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ LINEARS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 def trained_adapter(model: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """Returns `model` with an adapter whose every tensor is random, saved in `folder`."""
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, **options))
+    peft = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **options}))
     for name, parameter in peft.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -127,7 +127,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora"),
+        ({"use_qalora": True, "use_dora": True}, "use_qalora"),
         ({"an_option_of_the_future": 3}, "an_option_of_the_future"),
         ({"r": 5}, "rank 5"),
         ({"r": "4"}, "'4'"),

@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = frozenset((
 ))  # fmt: skip
 _USED = frozenset((
     "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern",
-    "init_lora_weights",
+    "init_lora_weights", "use_qalora",
 ))  # fmt: skip
 
 
@@ -51,6 +51,8 @@ class AdapterConfig:
         use_rslora: scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, eq. 3).
         use_dora: directions and magnitudes are apart (Liu et al. 2024, eq. 5).
         lora_bias: B has a bias.
+        use_qalora: A sees inputs summed by group, and B A belongs to zero points; see
+            `zero_point.py`.
         rank_pattern: regex on a module's name -> rank.
         alpha_pattern: regex on a module's name -> alpha.
         base_model: what it was trained on, as PEFT noted it; None where it did not.
@@ -63,6 +65,7 @@ class AdapterConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    use_qalora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model: str | None = None
@@ -95,6 +98,7 @@ class AdapterConfig:
             use_rslora=bool(content.get("use_rslora")),
             use_dora=bool(content.get("use_dora")),
             lora_bias=bool(content.get("lora_bias")),
+            use_qalora=bool(content.get("use_qalora")),
             rank_pattern=_pattern(file, content, "rank_pattern"),
             alpha_pattern=_pattern(file, content, "alpha_pattern"),
             base_model=base if isinstance(base, str) and base else None,
@@ -127,6 +131,11 @@ def _require_understood(file: Path, content: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights {init!r} is not supported, for such inits write to the "
             "base model; save the adapter with PEFT's path_initial_model_for_weight_conversion, "
             "which makes a plain LoRA of it"
+        )
+    if content.get("use_qalora") and (content.get("use_dora") or content.get("lora_bias")):
+        raise LowbitError(
+            f"{file}: use_qalora with use_dora or lora_bias is nothing that could be merged; "
+            "train without one of them"
         )
     for key, value in content.items():
         if key in _WITHOUT_EFFECT or key in _USED or _is_unset(value):

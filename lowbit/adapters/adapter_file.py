@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit.adapters.adapter_config import CONFIG_NAME, AdapterConfig
 from lowbit.checkpoint.reader import TensorEntry, file_digest, read_header
 from lowbit.errors import LowbitError
+from lowbit.quant import QuantizedWeight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -48,7 +49,8 @@ class LoraTensors:
         module: its name in the base model.
         entries: name of `_SUFFIXES` -> where it lies.
         rank: of the two factors.
-        shape: (out_features, in_features); of an embedding (rows, dimension).
+        shape: (out_features, in_features); of an embedding (rows, dimension); for zero points
+            (out_features, groups).
         is_embedding: rows are looked up; the factors have names and layouts of their own.
     """
 
@@ -165,6 +167,11 @@ class AdapterFile:
         """
         self.require_shape(module, (weight.shape[0], weight.shape[1]))
         tensors = self.lora[module]
+        if self.config.use_qalora:
+            raise LowbitError(
+                f"{self.path}: was trained for the zero points of a low-bit base (use_qalora) and "
+                "can be merged only there; give that base"
+            )
         delta = tensors.product().to(weight.device) * self.config.scaling(module)
         merged = weight.float() + delta
         if _MAGNITUDE in tensors.entries:
@@ -177,6 +184,19 @@ class AdapterFile:
                 f"{self.path}: merging {module!r} gives NaN or Inf; the adapter is damaged"
             )
         return merged
+
+    def merged_zero_points(self, module: str, weight: QuantizedWeight) -> QuantizedWeight:
+        """Returns `weight` with the adapter of `module` in its zero points, and nowhere else.
+
+        For adapters with `config.use_qalora`; codes and scales are the same tensors.
+
+        Raises:
+            LowbitError: if the adapter is for another scheme or shape, or holds NaN.
+        """
+        from lowbit.adapters.zero_point import with_merged_zero_points
+
+        a, b = (self.lora[module].read(name) for name in (_A, _B))
+        return with_merged_zero_points(weight, a, b, self.config.scaling(module), module)
 
     def merged_bias(self, module: str, bias: Tensor) -> Tensor:
         """Returns the bias of `module` with that of B in it, float32 `[out_features]`."""

@@ -23,6 +23,7 @@ from lowbit.checkpoint.reader import read_json
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device, evaluation_windows
+from lowbit.merging.exact import can_merge_exactly, write_exact
 from lowbit.merging.measure import Measured, measure, require_peft
 from lowbit.merging.plain import write_plain
 from lowbit.merging.source import MergedCheckpoint
@@ -118,7 +119,8 @@ def merge(
         adapter: folder of a LoRA adapter in PEFT's format.
         output: folder to write, new or empty.
         to: "bf16", "fp16" or "fp32" for an ordinary checkpoint; else a scheme to quantize the
-            merged weights to. Which modules are quantized is taken over from a low-bit base.
+            merged weights to. Which modules are quantized is taken over from a low-bit base. The
+            scheme of the base itself, for an adapter of its zero points, merges exactly.
         stats: statistics of the base (of the 16-bit model that a low-bit one was), for a scheme.
         calibration: text for a scheme; the merged model is run on it, block by block.
         samples: calibration windows.
@@ -136,50 +138,53 @@ def merge(
         LowbitError: bad input, or a divergence above the limit; the checkpoint is complete then.
     """
     held_out = held_out or HeldOut()
-    where, directory = choose_device(device), Path(output)
-    target = _target(to)
+    where, directory, target = choose_device(device), Path(output), _target(to)
     base = local_directory(base)
     source = MergedCheckpoint.of(base, adapter)
     _check_places(source, directory, resume)
-    if isinstance(target, torch.dtype) and (stats or calibration or algorithm or quality):
+    data: dict[str, Any] = {"stats": stats, "calibration": calibration}
+    data |= {"algorithm": algorithm, "quality": quality}
+    given = {name: value for name, value in data.items() if value is not None}
+    if isinstance(target, torch.dtype) and given:
         raise LowbitError(
-            f"--to {to} only rounds, it takes no statistics, calibration, algorithm or quality; "
-            "leave them out, or give a scheme such as W4A16_G64"
+            f"--to {to} only rounds and has no use for {', '.join(given)}; leave that out, or give "
+            "a scheme such as W4A16_G64"
         )
+    if stats is not None:
+        _require_unfolded(source, stats)
     _warn_of_another_base(source)
     windows = _windows(base, held_out)
+    exact = isinstance(target, Scheme) and can_merge_exactly(source, target) and not given
     if isinstance(target, torch.dtype):
         with RunProgress(progress) as bar, threads_of_run(directory):
             write_plain(source, directory, target, resume, bar)
+    elif exact:
+        with RunProgress(progress) as bar:
+            write_exact(source, directory, resume, bar)
     else:
-        if stats is not None:
-            _require_unfolded(source, stats)
+        options: dict[str, Any] = {**data, "samples": samples, "seqlen": seqlen, "seed": seed}
         if algorithm is None and quality is None:
-            quality = "balanced" if calibration is not None else "fast" if stats else None
-            algorithm = None if quality else "rtn"
-        quantize(
-            source,
-            directory,
-            scheme=target,
-            algorithm=algorithm,
-            quality=quality,
-            calibration=calibration,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            stats=stats,
-            device=where,
-            resume=resume,
-            progress=progress,
-            **_choice_of_base(source, target),
-        )
-    limit = held_out.max_kl if held_out.max_kl is not None else default_max_kl(target)
+            options |= _method(calibration is not None, stats is not None)
+        options |= _choice_of_base(source, target)
+        options |= {"device": where, "resume": resume, "progress": progress}
+        quantize(source, directory, scheme=target, **options)
+    limit = held_out.max_kl
+    if limit is None:
+        limit = default_max_kl(torch.float32 if exact else target)
     measured = None
     if windows is not None:
         # A merge to fp32 is seen to be exact only where both sides compute in it.
         dtype = "float32" if target == torch.float32 else "auto"
         measured = _measured(source, directory, windows, held_out, where, dtype, progress)
     return _judged(directory, _name(target), measured, limit, held_out.force)
+
+
+def _method(text: bool, stats: bool) -> dict[str, str]:
+    """Returns how to quantize where the user did not say, as `lowbit quantize` does it."""
+    if text:
+        return {"quality": "balanced"}
+    # Stored statistics are of single layers; all else runs the model.
+    return {"quality": "fast"} if stats else {"algorithm": "rtn"}
 
 
 def default_max_kl(target: torch.dtype | Scheme) -> float:
@@ -258,7 +263,7 @@ def _choice_of_base(source: MergedCheckpoint, target: Scheme) -> dict[str, Any]:
 
 def _require_unfolded(source: MergedCheckpoint, stats: str | Path) -> None:
     """Refuses statistics of a model whose layers got other inputs by a fold."""
-    StoredStatistics.open(stats)
+    StoredStatistics.open(stats)  # before anything is loaded
     recipe = (source.quantization or {}).get("recipe") or {}
     if "fold" in recipe:
         raise LowbitError(

@@ -213,6 +213,7 @@ class _Merge:
     ) -> None:
         self.base, self.adapter, self.model, self.decoded = base, adapter, model, decoded
         self.sources = map_sources(model, decoded.values())
+        self.schemes = module_schemes(base)
         self.tied = dict(model.all_tied_weights_keys)
 
     def entries(self) -> tuple[dict[str, TensorEntry], bool]:
@@ -287,6 +288,8 @@ class _Merge:
             biased = adapter.has_bias(module)
             return (lambda: adapter.merged_bias(module, start())) if biased else start
         owner = _module(self.base, self.model, module)
+        if adapter.config.use_qalora:
+            return self._zero_point_computation(module, weight_is_transposed(owner))
         if not isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
             raise LowbitError(
                 f"{adapter.path}: {module!r} is a {type(owner).__name__}; only adapters of linear "
@@ -296,3 +299,21 @@ class _Merge:
         if weight_is_transposed(owner):
             return lambda: adapter.merged(module, start().T).T.contiguous()
         return lambda: adapter.merged(module, start())
+
+    def _zero_point_computation(self, module: str, transposed: bool) -> Callable[[], Tensor]:
+        """Returns what decodes `module` with the adapter in its zero points."""
+        adapter, entries = self.adapter, self.base.entries
+        if module not in self.schemes:
+            raise LowbitError(
+                f"{adapter.path}: the adapter of {module!r} is for zero points (use_qalora), which "
+                f"{self.base.path} does not have there; give the base that it was trained on"
+            )
+        scheme, shape = self.schemes[module]
+        adapter.require_shape(module, (shape[0], scheme.groups(shape[1])))
+
+        def decode() -> Tensor:
+            stored = read_quantized(entries, module, scheme, shape)
+            weight = adapter.merged_zero_points(module, stored).dequantize()
+            return weight.T.contiguous() if transposed else weight
+
+        return decode
