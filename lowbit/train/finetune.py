@@ -36,7 +36,7 @@ from lowbit.train.trainable import choose_precision, prepare_trainable
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from lowbit.train.trainer import FineTuner
+    from lowbit.train.trainer import FineTuner, NotFiniteError
 
 # Validations and checkpoints of a run, where it is not said how often.
 _DEFAULT_STOPS = 10
@@ -163,7 +163,7 @@ class _Run:
 
     def _train(self, step: int | None, shown: bool) -> dict[str, Any]:
         """Trains, from the checkpoint of `step` on; returns speed and memory."""
-        from lowbit.train.trainer import Watch
+        from lowbit.train.trainer import NotFiniteError, Watch
 
         device = self.arguments.device
         tokens_per_row = sum(map(len, self.prepared.train)) / len(self.prepared.train)
@@ -172,9 +172,11 @@ class _Run:
             bar.stage("loading", 1)
             watch = Watch(self.folder, self.settings.data.validates, bar, tokens_per_row)
             trainer = self._trainer(watch)
-            trainer.train(
-                resume_from_checkpoint=None if step is None else str(self.folder.checkpoint(step))
-            )
+            whole = None if step is None else str(self.folder.checkpoint(step))
+            try:
+                trainer.train(resume_from_checkpoint=whole)
+            except NotFiniteError as error:
+                raise self._with_last_good(error) from error
             return {
                 "seconds": time.monotonic() - begin,
                 "tokens_per_second": watch.speed(),
@@ -183,16 +185,16 @@ class _Run:
             }
 
     def _trainer(self, watch: Any) -> FineTuner:
-        from transformers import EarlyStoppingCallback, PrinterCallback
+        from transformers import PrinterCallback
 
-        from lowbit.train.trainer import FineTuner
+        from lowbit.train.trainer import FineTuner, Patience
 
         packing = self.settings.data.packing
         model = prepare_trainable(self.base, self.settings, self.precision, self.arguments.device)
         if packing:
             require_isolation(model, load_config(self.base).vocab_size)
         patience = self.settings.train.patience
-        stopping = [EarlyStoppingCallback(patience)] if patience is not None else []
+        stopping = [Patience(patience)] if patience is not None else []
         trainer = FineTuner(
             self.prepared.train,
             self.prepared.validation,
@@ -209,6 +211,21 @@ class _Run:
         watch.trainer = trainer
         return trainer
 
+    def _with_last_good(self, error: NotFiniteError) -> NotFiniteError:
+        """Returns the error with what is left of the run and what to do."""
+        from lowbit.train.trainer import NotFiniteError
+
+        good = self.folder.whole_checkpoints()
+        kept = (
+            f"the last good adapter is {self.folder.checkpoint(good[-1])}"
+            if good
+            else "there was no checkpoint yet"
+        )
+        return NotFiniteError(
+            f"{error}; {kept}; look at these examples, or start again with a lower learning rate",
+            error.step,
+        )
+
     def _state(self, step: int) -> dict[str, Any]:
         """Returns Trainer's state in a checkpoint."""
         return read_json(self.folder.checkpoint(step) / STATE_NAME, "the checkpoint is damaged")
@@ -217,7 +234,7 @@ class _Run:
         """Returns True if a run that stopped in `state` had come to its end."""
         if state["global_step"] >= self.arguments.max_steps:
             return True
-        stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        stopping = state.get("stateful_callbacks", {}).get("Patience", {})
         waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
         patience = self.settings.train.patience
         return patience is not None and waited >= patience

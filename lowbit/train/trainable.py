@@ -104,6 +104,8 @@ def add_adapters(model: nn.Module, base: str, settings: AdapterSettings, seed: i
     anything: Any = model
     try:
         adapted: Any = get_peft_model(anything, adapter_config(settings))
+    except LowbitError:
+        raise
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise LowbitError(f"{base}: PEFT refuses these adapters: {reason}") from error
@@ -139,7 +141,7 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def _check_ranks(model: nn.Module) -> None:
-    """Refuses a rank that a layer cannot have: B A would hold more numbers than the weight."""
+    """Refuses a rank that a 16-bit layer cannot have; those of few bits refuse it themselves."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -149,8 +151,8 @@ def _check_ranks(model: nn.Module) -> None:
         for rank in module.r.values():
             if rank > smallest:
                 raise LowbitError(
-                    f"the rank {rank} is larger than {name.removeprefix('base_model.model.')}, "
-                    f"which is {module.out_features} x {module.in_features}; use {smallest} or less"
+                    f"{name.removeprefix('base_model.model.')}: rank {rank} is larger than the "
+                    f"layer ({module.out_features} x {module.in_features}); use at most {smallest}"
                 )
 
 

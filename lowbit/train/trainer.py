@@ -8,6 +8,7 @@ tokens here.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -16,7 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lowbit.errors import LowbitError
 from lowbit.progress import RunProgress
@@ -182,6 +190,25 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types
         memory = peak_memory(args.device)
         self.bar.describe(f"{self._loss}  {self.speed():,.0f} tokens/s  {memory / 1e9:.2f} GB")
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Looks at a validation loss before its checkpoint is written.
+
+        Raises:
+            NotFiniteError: it is NaN or infinite.
+        """
+        if not math.isfinite(metrics["eval_loss"]):
+            step = state.global_step
+            raise NotFiniteError(
+                f"the validation loss became {metrics['eval_loss']} after step {step}", step
+            )
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -196,6 +223,15 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types
         assert self.trainer is not None
         elapsed = max(time.monotonic() - self._started, 1e-9)
         return self.trainer.rows_seen * self.tokens_per_row / elapsed
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc] # transformers has no types
+    """Stops after validations without a better loss; `finetune` takes the best one itself."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Warns of nothing."""
 
 
 def peak_memory(device: torch.device) -> int:
