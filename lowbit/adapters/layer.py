@@ -174,9 +174,13 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
 
     def delta(self, adapter: str) -> Tensor:
         """Returns scaling B A, fp32 `[out_features, in_features]`, of a LoRA or DoRA adapter."""
-        a, b = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
-        product: Tensor = self.scaling[adapter] * (b @ a)
-        return product
+        a, b = self._factors(adapter)
+        return self.scaling[adapter] * (b @ a)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        a: Tensor = self.lora_A[adapter].weight
+        b: Tensor = self.lora_B[adapter].weight
+        return a.float(), b.float()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns what the adapter adds to the weight, `[out_features, in_features]`."""
@@ -194,7 +198,7 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
 
         ||q|| is computed once, A Q^T is a product with r rows, and everything else is small.
         """
-        a, b = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
+        a, b = self._factors(adapter)
         scaling, base = self.scaling[adapter], self.quantized
         device = base.qweight.device
         a, b = a.to(device), b.to(device)
@@ -293,12 +297,12 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         if self._put_aside is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight, (base,) = cast(nn.Linear, self.base_layer).weight, self._put_aside
+        plain, (base,) = cast(nn.Linear, self.base_layer), self._put_aside
         self._put_aside, self.base_layer = None, base
         self.merged_adapters.clear()
         # What moved or cast the model meanwhile did not see it.
-        base.to(device=weight.device, dtype=weight.dtype)
-        base.train(self.training)
+        base.to(device=plain.weight.device, dtype=plain.weight.dtype)
+        base.train(plain.training)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -142,9 +142,9 @@ def _refuse_unmatched(wanted: Iterable[str], model: nn.Module, stored: dict[str,
             for name in (n.replace(".parametrizations", "") for n in present)
         ):
             raise LowbitError(
-                f"target_parameters: the model has no parameter {key!r}; fused experts are called "
-                "'mlp.experts.gate_up_proj', for example; `lowbit.adapters.expert_parameters(model)` "
-                "lists them"
+                f"target_parameters: the model has no parameter {key!r}; fused experts are "
+                "called like 'mlp.experts.gate_up_proj' (`lowbit.adapters.expert_parameters` lists "
+                "them)"
             )
 
 
