@@ -119,7 +119,8 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     codes, high, scale, zero, bias, input_scale, form, N, K, activations = arguments
     weight = _weight((codes, high, scale, zero, form, N, K))
     out = product(x.reshape(-1, K), weight, bias, activations, input_scale)
-    return out.view(*x.shape[:-1], N)
+    # Models write to products in place, which autograd forbids for a view made in here.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
 
 
 def product(

@@ -287,7 +287,8 @@ def _linear(
     m_holds = max(16, triton.next_power_of_2(x_MK.shape[0]))
     tile, split = choose(x.device.index or 0, m_holds, N, K)
     out = run(x_MK, codes, scales, bias, activation_scale, tile, split)
-    return out.view(*x.shape[:-1], N)
+    # Models write to products in place, which autograd forbids for a view made in here.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
 
 
 def _grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
