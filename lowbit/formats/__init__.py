@@ -1,0 +1,1 @@
+"""Formats of checkpoints: one file for each layout, the table of them, and conversion."""
