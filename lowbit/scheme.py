@@ -3,13 +3,14 @@
 A scheme is a frozen value with a canonical string. The grammar, parts after the first in any order:
 
     W<bits>A16 [_ASYM] [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
-    NF4 | FP4          [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
+    NF4 | FP4 | FP4BNB [_G<group size> | _CHANNEL] [_FP16 | _BF16 | _FP32] [_DQ]
     W8A8 [_STATIC]     [_CHANNEL] [_FP16 | _BF16 | _FP32]
 
 `W4A16` means groups of 128 input features, `NF4` and `FP4` groups of 64 (the QLoRA block), scales
-in fp16. `_DQ` stores the scales themselves in 8 bits (see `quant/double_quant.py`). `W8A8` rounds
-activations to int8 as well, with a scale per token, `W8A8_STATIC` with one calibrated scale per
-layer (see `quant/activations.py`); its weights have one scale per output channel.
+in fp16. `FP4` is E2M1; `FP4BNB` has the levels of bitsandbytes, for checkpoints of its own. `_DQ`
+stores the scales themselves in 8 bits (see `quant/double_quant.py`). `W8A8` rounds activations to
+int8 as well, with a scale per token, `W8A8_STATIC` with one calibrated scale per layer (see
+`quant/activations.py`); its weights have one scale per output channel.
 
 Integer codes are signed, `-2^(bits-1) ... 2^(bits-1) - 1`. A symmetric scheme uses that whole
 range: the scale carries a sign, so that the larger extreme of a group always lands on the one
@@ -55,7 +56,16 @@ FP4_LEVELS = (
     -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 )  # fmt: skip
 
-CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+# The FP4 of bitsandbytes: signed, its levels twelfths; a sixteenth where E2M1 has its 0.5 (of 6).
+FP4BNB_LEVELS = tuple(
+    sign * twelfths / 12 for sign in (1, -1) for twelfths in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)
+)
+
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": NF4_LEVELS,
+    "fp4": FP4_LEVELS,
+    "fp4bnb": FP4BNB_LEVELS,
+}
 
 # One scale per token, computed while multiplying; or one per layer, calibrated and stored.
 INT8, INT8_STATIC = "int8", "int8_static"
@@ -71,7 +81,7 @@ class Scheme:
         group_size: input features that share a scale, 16 to 256, or None for one group per output
             channel. The last group of a row is short where the size does not divide in_features.
         symmetric: no zero points; False stores one integer zero point per group.
-        codebook: None for integers, "nf4" or "fp4" for a table of 16 values.
+        codebook: None for integers, "nf4", "fp4" or "fp4bnb" for a table of 16 values.
         scale_dtype: the dtype every scale is exactly representable in: "FP16", "BF16", "FP32".
         double_quant: store scales as 8-bit codes.
         activations: None for float activations; "int8" for a scale per token, "int8_static" for
