@@ -82,7 +82,8 @@ def test_nothing_of_the_size_of_the_weight_lives_until_the_backward_pass(
     assert x.grad is not None
     assert x.grad.dtype == dtype
     trained = {n for n, p in lora.named_parameters() if p.grad is not None}
-    assert trained and all("lora_" in name for name in trained)
+    assert trained
+    assert all("lora_" in name for name in trained)
     for name in trained:
         gradient = lora.get_parameter(name).grad
         assert gradient.dtype == torch.float32
@@ -173,7 +174,8 @@ def test_trainer_takes_the_model(tmp_path: Path, route: str) -> None:
     assert same(stored_bits(model), before)
     trainer.save_model(str(tmp_path / "saved"))
     files = {file.name for file in (tmp_path / "saved").iterdir()}
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="no trl")

@@ -9,6 +9,7 @@ is therefore refused, what later versions of PEFT bring included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.adapters.adapter_config import HARMLESS_INITS
+from lowbit.adapters.experts import expert_parameters
 from lowbit.errors import LowbitError
 from lowbit.nn import QuantLinear
 from lowbit.nn.stored import StoredWeight
@@ -106,7 +108,20 @@ def refuse_method(config: Any, model: nn.Module) -> None:
         _refuse_copies(config, name, part)
     if getattr(config, "layer_replication", None):
         raise LowbitError("layer_replication copies layers, and low-bit layers cannot be copied")
-    _refuse_unmatched(getattr(config, "target_parameters", None) or (), model, stored)
+    parameters = getattr(config, "target_parameters", None) or ()
+    _refuse_unmatched(parameters, model, stored)
+    if not parameters and getattr(config, "target_modules", None) == "all-linear":
+        _warn_of_experts(model)
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    names = expert_parameters(model)
+    if names:
+        warnings.warn(
+            "target_modules='all-linear' leaves fused experts without an adapter; to adapt them "
+            f"too, give target_parameters={names!r}",
+            stacklevel=2,
+        )
 
 
 def _refuse_copies(config: Any, name: str, part: nn.Module) -> None:
