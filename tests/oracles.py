@@ -32,8 +32,19 @@ def e2m1(index: int) -> float:
     return sign * (1 + mantissa / 2) * 2.0 ** (exponent - 1)
 
 
+def fp4_of_bitsandbytes(index: int) -> float:
+    """Returns the value of a 4-bit float of bitsandbytes: `dDequantizeFP4Tree` in its kernels.c.
+
+    A sign, and three bits that choose a number of twelfths.
+    """
+    twelfths = {0b111: 3, 0b110: 2, 0b101: 6, 0b100: 4, 0b011: 12, 0b010: 8, 0b001: 0.0625, 0: 0}
+    return (-1 if index & 8 else 1) * twelfths[index & 7] / 12
+
+
 def table_of(codebook: str) -> list[float]:
     """Returns the 16 values of a codebook by table index."""
+    if codebook == "fp4bnb":
+        return [fp4_of_bitsandbytes(i) for i in range(16)]
     return NF4 if codebook == "nf4" else [e2m1(i) for i in range(16)]
 
 
@@ -100,10 +111,10 @@ def weighted_error(
 def absmax_scale(group: Sequence[float], bits: int, kind: str) -> tuple[float, int]:
     """Returns (scale, zero point) that just cover a group.
 
-    `kind` is "symmetric", "asymmetric", "nf4" or "fp4".
+    `kind` is "symmetric", "asymmetric", "nf4", "fp4" or "fp4bnb".
     """
     low, high = min(group), max(group)
-    if kind == "nf4":
+    if kind in ("nf4", "fp4bnb"):
         return max(high, -low), 0
     if kind == "fp4":
         return max(high, -low) / 6, 0

@@ -13,7 +13,7 @@ NAMES = (
     "W4A16_ASYM_G64", "W4A16_ASYM_CHANNEL", "W4A16_ASYM_G64_DQ", "W4A16_ASYM_G32_BF16",
     "W8A16", "W8A16_CHANNEL", "W8A16_ASYM_G64", "W8A16_G64_DQ",
     "NF4", "NF4_DQ", "NF4_CHANNEL", "NF4_G32_BF16", "NF4_FP32_DQ",
-    "FP4", "FP4_DQ", "FP4_G32_FP32", "FP4_CHANNEL_BF16",
+    "FP4", "FP4_DQ", "FP4_G32_FP32", "FP4_CHANNEL_BF16", "FP4BNB_FP32",
 )  # fmt: skip
 
 every_scheme = pytest.mark.parametrize("scheme", [Scheme.parse(name) for name in NAMES], ids=str)
