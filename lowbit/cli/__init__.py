@@ -13,6 +13,7 @@ import typer
 
 from lowbit.cli.bench import bench_command
 from lowbit.cli.calibrate import calibrate_command
+from lowbit.cli.convert import convert_command
 from lowbit.cli.eval import eval_command
 from lowbit.cli.finetune import finetune_command
 from lowbit.cli.generate import generate_command
@@ -37,6 +38,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)
 app.command("finetune")(finetune_command)
+app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 

@@ -53,20 +53,26 @@ def regrid(qweight: QuantizedWeight, scheme: Scheme) -> QuantizedWeight | None:
     return made if torch.equal(made.dequantize(), qweight.dequantize()) else None
 
 
-def requantized(qweight: QuantizedWeight, scheme: Scheme) -> tuple[QuantizedWeight, float]:
+def requantized(
+    qweight: QuantizedWeight, scheme: Scheme, input_order: Tensor | None = None
+) -> tuple[QuantizedWeight, float]:
     """Returns a weight of `scheme` as near as rounding comes, and its relative error.
 
     Args:
         qweight: what is to be approximated.
         scheme: of the result; one with activations of `qweight`'s kind, or without.
+        input_order: int64 `[in_features]`, the input feature of each column of `qweight` where it
+            is not its own; the result has them in natural order.
 
     Returns:
         The weight, exact where a scheme allows it, and ||new - old|| / ||old||.
     """
-    exact = regrid(qweight, scheme)
+    exact = regrid(qweight, scheme) if input_order is None else None
     if exact is not None:
         return exact, 0.0
     weight = qweight.dequantize()
+    if input_order is not None:
+        weight = weight[:, torch.argsort(input_order)]
     result = make_algorithm("rtn").quantize(weight.clone(), scheme, None)
     input_scale = qweight.input_scale if scheme.activations is not None else None
     made = QuantizedWeight.from_codes(result.codes, result.grid, input_scale)

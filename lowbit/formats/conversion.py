@@ -1,0 +1,283 @@
+"""From one layout to another: module by module, shard by shard, atomically.
+
+    every source file read once: digests, no NaN     nothing is written before that
+    for each source file, one of the same name:
+        module -> tensors of the target -> read back with the target's reader -> equal? -> shard
+        other tensors as they are
+    index, tokenizer and its like, manifest, config.json last
+
+Without config.json a directory does not load, and the journal tells which shards are whole, so an
+interrupted conversion goes on with `resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.checkpoint import Checkpoint, ShardWriter, write_json
+from lowbit.checkpoint.journal import MANIFEST_NAME, Journal, claim, refuse_occupied
+from lowbit.checkpoint.reader import SINGLE_NAME
+from lowbit.errors import LowbitError
+from lowbit.formats.model_view import CONV1D
+from lowbit.formats.own import Bf16, Lowbit
+from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
+from lowbit.formats.reading import read_module
+from lowbit.formats.regrid import regrid, requantized
+from lowbit.memory import release_freed_memory
+from lowbit.pipeline.output import digest_json, write_index, write_side_files
+from lowbit.pipeline.source import local_directory, require_space
+from lowbit.progress import RunProgress
+from lowbit.quant import QuantizedWeight
+from lowbit.scheme import SCALE_DTYPES
+
+# The longest of all names of tensors, and how many of them a module has at most.
+LONGEST_SUFFIX = "weight.quant_state.bitsandbytes__nf4"
+MOST_TENSORS = 8
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A finished output directory.
+
+    Args:
+        path: the directory.
+        manifest: the content of its `lowbit_manifest.json`.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    requantize: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+) -> ConvertedCheckpoint:
+    """Converts a quantized checkpoint to another format.
+
+    Where the format can hold the source's values they are kept bit for bit, and that is asserted
+    for every weight with the reader of the target.
+
+    Args:
+        source: directory of a checkpoint in any format here, or its name on the hub.
+        output: directory to write, new or empty.
+        to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bnb", "lowbit" or "bf16".
+        requantize: round weights that the format cannot hold to the nearest scheme that it can.
+        resume: go on with the unfinished conversion in `output`.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        LowbitError: bad input; nothing has been written unless the message says so.
+    """
+    directory = Path(output)
+    checkpoint = Checkpoint.open(local_directory(source))
+    if directory.resolve() == checkpoint.path.resolve():
+        raise LowbitError(f"{directory}: output and source are the same; choose another output")
+    refuse_occupied(directory, resume)
+    plan = plan_conversion(checkpoint, to, requantize)
+    require_space(directory, _needed_bytes(plan), "a converted checkpoint")
+    _warn_of_casts(plan)
+    with RunProgress(progress) as bar:
+        sizes = sum(file.stat().st_size for file in checkpoint.files())
+        bar.stage("checking", sizes)
+        digests = checkpoint.verify(bar.advance)
+        fingerprint = {
+            "versions": {"lowbit": __version__},
+            "source": {"config": digest_json(checkpoint.config), "weights": digests},
+            "to": plan.target.name,
+            "requantize": requantize,
+        }
+        with claim(directory, resume):
+            journal = Journal.start(directory, fingerprint)
+            bar.stage("converting", sizes)
+            _Run(plan, journal, bar).execute()
+            return ConvertedCheckpoint(directory, _finish(plan, journal))
+
+
+class _Run:
+    """The shards of one conversion."""
+
+    def __init__(self, plan: ConversionPlan, journal: Journal, bar: RunProgress) -> None:
+        self.plan, self.journal, self.bar = plan, journal, bar
+        self._owner = {t: name for name, s in plan.modules.items() for t in s.tensors}
+        self._reports: dict[str, dict[str, Any]] = {}
+
+    def execute(self) -> None:
+        """Writes every shard that is not finished."""
+        entries = self.plan.checkpoint.entries
+        seen: set[str] = set()
+        for file in self.plan.checkpoint.files():
+            names = [entry.name for entry in entries.values() if entry.file == file]
+            # A module whose tensors are in several files is written with the first of them.
+            owners = dict.fromkeys(self._owner[name] for name in names if name in self._owner)
+            modules = [name for name in owners if name not in seen]
+            seen.update(modules)
+            if file.name in self.journal.parts:
+                self.bar.advance(file.stat().st_size)
+            else:
+                self._write(file, names, modules)
+
+    def _write(self, file: Path, names: list[str], modules: list[str]) -> None:
+        others = [name for name in names if name not in self._owner]
+        longest = [f"{name}.{LONGEST_SUFFIX}" for name in modules for _ in range(MOST_TENSORS)]
+        markers = self.plan.target.markers(self.plan.written) if self.plan.written.schemes else {}
+        first = file == self.plan.checkpoint.files()[0]
+        bound = ShardWriter.header_bound([*others, *longest, *markers])
+        self._reports = {}
+        output = self.journal.directory / file.name
+        with ShardWriter(output, bound) as writer:
+            for name, tensor in markers.items() if first else ():
+                writer.add(name, tensor)
+            for module in modules:
+                self.bar.describe(f"{module:<40.40}")
+                for name, tensor in self._converted(module).items():
+                    writer.add(name, tensor)
+                self._advance(self.plan.modules[module].tensors)
+                release_freed_memory()
+            for name in others:
+                entry = self.plan.checkpoint.entries[name]
+                # A tensor of no elements is the mark of our own checkpoints.
+                if all(entry.shape) or not isinstance(self.plan.source, Lowbit):
+                    writer.add(name, entry.read())
+                self._advance([name])
+        self.journal.finish_part(file.name, output, self._reports)
+
+    def _advance(self, names: Iterable[str]) -> None:
+        entries = (self.plan.checkpoint.entries[name] for name in names)
+        self.bar.advance(sum(entry.end - entry.begin for entry in entries))
+
+    def _converted(self, module: str) -> dict[str, Tensor]:
+        """Returns the target's tensors of a module, checked, and notes what was done."""
+        plan, stored = self.plan, self.plan.modules[module]
+        target = plan.targets[module]
+        weight = read_module(plan.checkpoint, plan.source, module, stored)
+        report: dict[str, Any] = {"from": str(stored.scheme), "shape": list(stored.shape)}
+        report["weights"] = math.prod(stored.shape)
+        if target.scheme is None:
+            made = Bf16().tensors(module, weight, stored.input_order)
+            if target.view.kind == CONV1D:
+                made = {name: tensor.T.contiguous() for name, tensor in made.items()}
+            report |= {"scheme": "bf16", "exact": False}
+        else:
+            held, error = self._regridded(module, weight)
+            order = stored.input_order if target.exact else None
+            made = plan.target.tensors(module, held, order)
+            report |= {"scheme": str(held.scheme), "exact": error == 0.0}
+            report |= {} if error == 0.0 else {"relative_error": error}
+            self._require_equal(module, made, held, order)
+        stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        self._reports[module] = {**report, "stored_bytes": stored_bytes}
+        return made
+
+    def _regridded(self, module: str, weight: QuantizedWeight) -> tuple[QuantizedWeight, float]:
+        """Returns the weight under the scheme of the target, and the relative error of that."""
+        target = self.plan.targets[module]
+        assert target.scheme is not None
+        requantize = self.journal.fingerprint["requantize"]
+        order = self.plan.modules[module].input_order
+        if not target.exact:
+            return requantized(weight, target.scheme, order)
+        held = regrid(weight, target.scheme)
+        if held is not None:
+            return held, 0.0
+        if not requantize:
+            raise LowbitError(
+                f"{self.plan.checkpoint.path}: {self.plan.target.name} has scales of "
+                f"{target.scheme.scale_dtype.lower()}, which do not hold those of {module} "
+                f"({weight.scheme}) exactly; --requantize rounds to {target.scheme}"
+            )
+        return requantized(weight, target.scheme)
+
+    def _require_equal(
+        self, module: str, made: dict[str, Tensor], held: QuantizedWeight, order: Tensor | None
+    ) -> None:
+        """Reads `made` with the reader of the target and compares it with what it was made of."""
+        target = self.plan.target
+        stored = target.stored_as(module, held.scheme, held.shape, made)
+        again = target.read(module, dataclasses.replace(stored, input_order=order), made)
+        if not torch.equal(again.dequantize(), held.dequantize()):
+            raise AssertionError(f"{module}: {target.name} does not decode to what was written")
+
+
+def _finish(plan: ConversionPlan, journal: Journal) -> dict[str, Any]:
+    """Writes everything besides the shards, config.json last, and returns the manifest."""
+    directory, checkpoint = journal.directory, plan.checkpoint
+    files = [file.name for file in checkpoint.files()]
+    if files != [SINGLE_NAME]:
+        write_index(directory, files)
+    write_side_files(checkpoint.path, directory)
+    manifest = _manifest(journal)
+    write_json(directory / MANIFEST_NAME, manifest)
+    dropped = ("quantization_config", "compression_config")
+    config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
+    if plan.written.schemes:
+        quantization = plan.target.config(plan.written)
+        if isinstance(plan.target, Lowbit):
+            quantization["manifest"] = MANIFEST_NAME
+        config["quantization_config"] = quantization
+    if isinstance(plan.target, Bf16):
+        config = {k: "bfloat16" if k in ("dtype", "torch_dtype") else v for k, v in config.items()}
+    write_json(directory / "config.json", config)
+    journal.remove()
+    return manifest
+
+
+def _manifest(journal: Journal) -> dict[str, Any]:
+    reports = {name: r for part in journal.parts.values() for name, r in part["modules"].items()}
+    weights = sum(report["weights"] for report in reports.values())
+    stored = sum(report["stored_bytes"] for report in reports.values())
+    changed = {name: r.get("relative_error") for name, r in reports.items() if not r["exact"]}
+    return {
+        "fingerprint": journal.fingerprint,
+        "summary": {
+            "format": journal.fingerprint["to"],
+            "quantized_weights": weights,
+            "quantized_bytes": stored,
+            "bits_per_weight": 8 * stored / weights,
+            "schemes": sorted({report["scheme"] for report in reports.values()}),
+            "exact": len(reports) - len(changed),
+            "rounded": changed,
+        },
+        "parts": journal.parts,
+    }
+
+
+def _needed_bytes(plan: ConversionPlan) -> int:
+    """Returns an estimate of what will be written, from above."""
+    owned = {name for stored in plan.modules.values() for name in stored.tensors}
+    entries = plan.checkpoint.entries.values()
+    others = sum(entry.end - entry.begin for entry in entries if entry.name not in owned)
+    needed = 0.0
+    for name, stored in plan.modules.items():
+        scheme = plan.targets[name].scheme
+        weights = math.prod(stored.shape)
+        needed += 2 * weights if scheme is None else 1.1 * scheme.stored_bytes(stored.shape)
+    return others + int(needed)
+
+
+def _warn_of_casts(plan: ConversionPlan) -> None:
+    """Warns of scales that engines round: they cast them to the dtype of the model."""
+    dtype = model_dtype(plan.checkpoint)
+    names = {str(d).removeprefix("torch."): name for name, d in SCALE_DTYPES.items()}
+    others = {s.scale_dtype for s in plan.written.schemes.values()} - {names[dtype]}
+    if plan.target.name == "compressed-tensors" and others:
+        warnings.warn(
+            f"the model is {dtype}, scales are {', '.join(sorted(others)).lower()}: engines that "
+            "cast scales to the dtype of the model round them; load the model in that dtype, or "
+            f"quantize with a scheme that ends in _{names[dtype]}",
+            stacklevel=3,
+        )
