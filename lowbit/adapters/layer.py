@@ -55,6 +55,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         LowbitError: for what would silently change or lose a weight.
     """
 
+    merged_adapters: list[str]
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -175,7 +177,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
     def delta(self, adapter: str) -> Tensor:
         """Returns scaling B A, fp32 `[out_features, in_features]`, of a LoRA or DoRA adapter."""
         a, b = self._factors(adapter)
-        return self.scaling[adapter] * (b @ a)
+        scaling: float = self.scaling[adapter]
+        return scaling * (b @ a)
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         a: Tensor = self.lora_A[adapter].weight
@@ -199,7 +202,8 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         ||q|| is computed once, A Q^T is a product with r rows, and everything else is small.
         """
         a, b = self._factors(adapter)
-        scaling, base = self.scaling[adapter], self.quantized
+        scaling: float = self.scaling[adapter]
+        base = self.quantized
         device = base.qweight.device
         a, b = a.to(device), b.to(device)
         with torch.autocast(device.type, enabled=False):
@@ -315,4 +319,5 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         return self.base_layer
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("lora.", "lowbit.", 1)
+        text: str = super().__repr__()
+        return text.replace("lora.", "lowbit.", 1)

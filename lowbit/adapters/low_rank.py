@@ -34,6 +34,7 @@ def hessian_factor(hessian: Tensor, damp: float) -> Tensor:
     for _ in range(8):
         damped = hessian.float().clone()
         damped.diagonal().add_(max(damp * mean, torch.finfo(torch.float32).tiny))
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(damped)
         if not int(info) and bool(factor.diagonal().isfinite().all()):
             return factor

@@ -206,6 +206,7 @@ def _with_statistics(
 
 def _weight(decoder: StreamedDecoder, name: str) -> Tensor:
     """Returns the 16-bit weight of a layer, fp32 `[out_features, in_features]`."""
+    weight: Tensor
     target, plain = f"{name}.weight", decoder.model.get_submodule(name)
     source = decoder.sources.get(target)
     if source is not None and source.converted:

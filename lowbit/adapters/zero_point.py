@@ -203,7 +203,7 @@ def group_sums(x: Tensor, grid: Grid) -> Tensor:
     """Returns the sums of x `[..., in_features]` over the groups, `[..., groups]`."""
     width = grid.scheme.group_width(grid.in_features)
     whole = grid.in_features // width * width
-    sums = x[..., :whole].unflatten(-1, (-1, width)).sum(-1)
+    sums: Tensor = x[..., :whole].unflatten(-1, (-1, width)).sum(-1)
     if whole == grid.in_features:
         return sums
     return torch.cat([sums, x[..., whole:].sum(-1, keepdim=True)], dim=-1)

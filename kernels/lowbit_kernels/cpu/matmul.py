@@ -120,7 +120,8 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     weight = _weight((codes, high, scale, zero, form, N, K))
     out = product(x.reshape(-1, K), weight, bias, activations, input_scale)
     # Models write to products in place, which autograd forbids for a view made in here.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
+    result: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
+    return result
 
 
 def product(

@@ -266,7 +266,8 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
             x_MK = x_MK.contiguous()
         out = run_fused(x_MK, weight, None if bias is None else bias.contiguous(), tile)
     # Models write to products in place, which autograd forbids for a view made in here.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out_features))
+    result: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out_features))
+    return result
 
 
 def _linear_grad_input(grad: Tensor, *arguments: Any) -> Tensor:

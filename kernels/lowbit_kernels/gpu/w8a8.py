@@ -288,7 +288,8 @@ def _linear(
     tile, split = choose(x.device.index or 0, m_holds, N, K)
     out = run(x_MK, codes, scales, bias, activation_scale, tile, split)
     # Models write to products in place, which autograd forbids for a view made in here.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
+    result: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], N))
+    return result
 
 
 def _grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
