@@ -24,10 +24,17 @@ def finetune_command(
     data: Annotated[
         str, typer.Option(help="JSONL, text, pydoc, or a data set: messages, instruction, text.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the adapter; new or empty.")],
+    output: Annotated[Path, typer.Option(help="Folder of the result; new or empty.")],
     scheme: Annotated[
         str | None, typer.Option(help="Quantize a 16-bit base to this while loading: NF4_DQ.")
     ] = None,
+    qat: Annotated[
+        str | None,
+        typer.Option(metavar="SCHEME", help="No adapter: train the model for W4A16_G64, say."),
+    ] = None,
+    qat_mode: Annotated[
+        str, typer.Option(help="weights, or scales: codes stay, also those of a lowbit base.")
+    ] = "weights",
     validation: Annotated[
         str | None, typer.Option(help="A source of its own, or a share of the data: 0.05.")
     ] = None,
@@ -58,7 +65,9 @@ def finetune_command(
     max_steps: Annotated[int | None, typer.Option(help="Steps instead.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at once on each device.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; 2e-4, of QAT by its mode.")
+    ] = None,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Steps, or a share of them below 1.")] = 0.03,
     optimizer: Annotated[
@@ -98,14 +107,17 @@ def finetune_command(
         AdapterSettings,
         BaseSettings,
         DataSettings,
+        QatSettings,
         Settings,
         TrainSettings,
+        default_lr,
         finetune,
     )
 
     quiet_libraries()
     use_threads(threads)
     file, share = _validation(validation)
+    trained_for = None if qat is None else QatSettings(qat, qat_mode)
     settings = Settings(
         BaseSettings(scheme, device),
         DataSettings(seqlen, loss_on, packing, file, share),
@@ -126,7 +138,7 @@ def finetune_command(
             batch=batch,
             accumulation=accumulation,
             optimizer=optimizer,
-            lr=lr,
+            lr=default_lr(trained_for) if lr is None else lr,
             schedule=schedule,
             warmup=warmup,
             weight_decay=weight_decay,
@@ -140,6 +152,7 @@ def finetune_command(
             seed=seed,
             tensorboard=tensorboard,
         ),
+        trained_for,
     )
     with _exit_interrupted():
         result = finetune(
@@ -185,7 +198,9 @@ def _print(result: FinetuneResult) -> None:
     data, measured = manifest["fingerprint"]["data"], manifest["measured"]
     train = data["train"]
     table = Table(show_header=False, box=None)
-    table.add_row("adapter", str(result.output))
+    qat = manifest["fingerprint"]["settings"]["qat"]
+    made = "adapter" if qat is None else f"{qat['scheme']} model"
+    table.add_row(made, str(result.output))
     table.add_row("parameters", f"{result.trainable:,}")
     table.add_row(
         "examples",
@@ -198,7 +213,7 @@ def _print(result: FinetuneResult) -> None:
         table.add_row("[yellow]dropped[/]", f"{train['dropped']:,} rows with nothing to learn")
     table.add_row("rows", f"{data['rows']['train']:,} of {data['seqlen']:,} tokens at most")
     stopped = ", stopped early" if manifest["stopped_early"] else ""
-    table.add_row("steps", f"{result.steps:,}{stopped}, the adapter is of step {result.step:,}")
+    table.add_row("steps", f"{result.steps:,}{stopped}, the {made} is of step {result.step:,}")
     table.add_row("training loss", f"{result.train_loss:.4f}")
     if result.validation_loss is not None:
         table.add_row("validation loss", f"{result.validation_loss:.4f}")

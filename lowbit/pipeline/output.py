@@ -24,7 +24,7 @@ from lowbit.scheme import Scheme
 
 # Beside the weights, what a model needs to be used: tokenizer, templates, generation settings.
 _SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_NOT_COPIED = ("config.json", MANIFEST_NAME, JOURNAL_NAME)
+_NOT_COPIED = ("config.json", MANIFEST_NAME, JOURNAL_NAME, "finetune.json")
 # The largest tokenizers have 35 MB; what is far beyond that is a corpus.
 _MAX_SIDE_FILE_BYTES = 1 << 26
 

@@ -5,8 +5,10 @@ from lowbit.train.settings import (
     AdapterSettings,
     BaseSettings,
     DataSettings,
+    QatSettings,
     Settings,
     TrainSettings,
+    default_lr,
 )
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "BaseSettings",
     "DataSettings",
     "FinetuneResult",
+    "QatSettings",
     "Settings",
     "TrainSettings",
+    "default_lr",
     "finetune",
 ]

@@ -5,7 +5,7 @@ every process comes here, and the first one alone writes. What is added: rows (`
 a folder that can be resumed after a kill (`run_folder.py`), and stopping at NaN (`trainer.py`).
 
 The result is always the adapter of a checkpoint on disk, that of the best validation loss, or the
-last one where nothing was validated.
+last one where nothing was validated. With QAT settings it is a checkpoint of few bits instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from lowbit.train.arguments import check_train, training_arguments
 from lowbit.train.data import Prepared, prepare_data
 from lowbit.train.fingerprint import run_fingerprint
 from lowbit.train.packing import Collator, RowDataset, require_isolation
-from lowbit.train.run_folder import STATE_NAME, WEIGHTS_NAME, RunFolder, threads_of
+from lowbit.train.qat_run import publish_qat, trained_parameters
+from lowbit.train.run_folder import (
+    CONFIG_NAME,
+    RESULT_NAME,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    RunFolder,
+    threads_of,
+)
 from lowbit.train.settings import Settings
 from lowbit.train.trainable import choose_precision, prepare_trainable
 
@@ -88,7 +96,7 @@ def finetune(
         LowbitError: for bad input, and if the loss becomes NaN (`NotFiniteError`).
     """
     settings = settings or Settings()
-    folder = RunFolder(Path(output))
+    folder = RunFolder(Path(output), CONFIG_NAME if settings.qat is None else RESULT_NAME)
     device = choose_device(settings.base.device)
     precision = choose_precision(settings.train.precision, device)
     check_train(settings.train, device)
@@ -263,15 +271,20 @@ class _Run:
 
     def _trainable(self, step: int) -> int:
         """Returns the number of parameters in the adapter of a checkpoint."""
+        if self.settings.qat is not None:
+            return trained_parameters(self.folder.checkpoint(step), self.settings.qat)
         entries = read_header(self.folder.checkpoint(step) / WEIGHTS_NAME)
         return sum(math.prod(entry.shape) for entry in entries)
 
     def _publish(self, result: dict[str, Any]) -> None:
-        tokenizer: Any = load_tokenizer(self.base)
-        tokenizer.save_pretrained(self.folder.path)
         if curve.can_draw():
             title = f"{Path(self.base).name}, {self.prepared.description['train']['source']}"
             curve.draw(result["history"], title, self.folder.path / curve.PLOT_NAME)
+        if self.settings.qat is not None:
+            publish_qat(self.folder, self.base, self.settings, self.precision, result)
+            return
+        tokenizer: Any = load_tokenizer(self.base)
+        tokenizer.save_pretrained(self.folder.path)
         self.folder.publish(result["step"], result)
 
 

@@ -39,8 +39,8 @@ from lowbit.pipeline.plan import QuantizedCheckpoint
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 from lowbit.train.fake_quant import FakeQuantLinear, TrainedScalesLinear, TrainedWeightLinear
+from lowbit.train.settings import QAT_MODES
 
-MODES = ("weights", "scales")
 _ATTRIBUTE = "_lowbit_qat"
 
 
@@ -50,7 +50,7 @@ class QatPlan:
 
     Args:
         config: what `config.json` of the result will say.
-        mode: one of `MODES`.
+        mode: one of `QAT_MODES`.
         selected: module name -> scheme of everything that is stored in few bits.
     """
 
@@ -77,8 +77,8 @@ def prepare_qat(
         LowbitError: for a scheme that rounds activations, embeddings or a tied head to quantize, a
             scheme beside a model that has one, or a mode that does not fit.
     """
-    if mode not in MODES:
-        raise unknown_name("QAT mode", mode, MODES)
+    if mode not in QAT_MODES:
+        raise unknown_name("QAT mode", mode, QAT_MODES)
     low_bit = any(isinstance(module, StoredWeight) for module in model.modules())
     plan = _plan_of_low_bit(model, scheme, mode) if low_bit else _plan(model, scheme, mode)
     for name in plan.selected:

@@ -48,9 +48,15 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder at `path`; `claim` makes it."""
+    """The folder at `path`; `claim` makes it.
+
+    Args:
+        path: the folder.
+        last: the file without which there is no result.
+    """
 
     path: Path
+    last: str = CONFIG_NAME
 
     @property
     def checkpoints(self) -> Path:
@@ -103,9 +109,9 @@ class RunFolder:
                 f"{self.path}: is not empty (it holds {found[0]}); choose an empty or new directory"
             )
         if not resume:
-            done = (self.path / CONFIG_NAME).exists()
+            done = self.result() is not None
             raise LowbitError(
-                f"{self.path}: already holds a trained adapter; choose another output"
+                f"{self.path}: already holds the result of a run; choose another output"
                 if done
                 else f"{self.path}: holds an unfinished run; add --resume to go on with it"
             )
@@ -137,7 +143,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """Returns what a finished run has recorded, None if it is not finished."""
-        if not (self.path / CONFIG_NAME).exists() or not (self.path / RESULT_NAME).exists():
+        if not (self.path / self.last).exists() or not (self.path / RESULT_NAME).exists():
             return None
         return read_json(self.path / RESULT_NAME, "start again in a new directory")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import LowbitError, unknown_name
+from lowbit.scheme import Scheme
 from lowbit.train.examples import COUNTED
 
 # name -> what Trainer calls it
@@ -26,6 +27,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 INITS = ("default", "gaussian", "residual")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 ALL_LINEAR = "all-linear"
+# mode -> learning rate; what it was chosen by is in docs/design/finetuning.md
+QAT_LR = {"weights": 1e-4, "scales": 1e-3}
+QAT_MODES = tuple(QAT_LR)
 
 
 @dataclass(frozen=True)
@@ -192,15 +196,48 @@ class BaseSettings:
 
 
 @dataclass(frozen=True)
+class QatSettings:
+    """Training through fake quantization, instead of an adapter; see `qat.py`.
+
+    Args:
+        scheme: what is trained for; of a base of ours, the one that it has.
+        mode: "weights", or "scales" only.
+    """
+
+    scheme: str
+    mode: str = "weights"
+
+    def __post_init__(self) -> None:
+        if self.mode not in QAT_MODES:
+            raise unknown_name("QAT mode", self.mode, QAT_MODES)
+        Scheme.parse(self.scheme)
+
+
+def default_lr(qat: QatSettings | None) -> float:
+    """Returns the learning rate where none is given: weights that exist move less than new ones."""
+    return 2e-4 if qat is None else QAT_LR[qat.mode]
+
+
+@dataclass(frozen=True)
 class Settings:
-    """Everything together."""
+    """Everything together; `adapter` counts for nothing where there is `qat`."""
 
     base: BaseSettings = BaseSettings()
     data: DataSettings = DataSettings()
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
+    qat: QatSettings | None = None
 
     def __post_init__(self) -> None:
+        if self.qat is not None and self.base.scheme is not None:
+            raise LowbitError(
+                f"scheme {self.base.scheme} quantizes a base before adapters are trained, and QAT "
+                f"trains for {self.qat.scheme} instead; give one of them"
+            )
+        if self.qat is not None and self.adapter != AdapterSettings():
+            raise LowbitError(
+                "QAT trains the model itself and no adapter; leave the options of adapters out"
+            )
         if self.train.patience is not None and not self.data.validates:
             raise LowbitError(
                 "patience counts validations, and there are none; give a file or a share of the "

@@ -52,11 +52,25 @@ def prepare_trainable(
     Raises:
         LowbitError: see `load_base` and `add_adapters`.
     """
+    if settings.qat is not None:
+        return _prepare_qat(base, settings, device)
     model = load_base(base, settings.base, precision, device)
     adapted = add_adapters(model, base, settings.adapter, settings.train.seed)
     if settings.train.checkpointing:
         enable_checkpointing(model)
     return adapted
+
+
+def _prepare_qat(base: str, settings: Settings, device: torch.device) -> nn.Module:
+    """Returns the base with fake-quantized layers, in float32 whatever activations are in."""
+    from lowbit.train.qat import prepare_qat
+
+    assert settings.qat is not None
+    model: Any = load_model(base, DTYPES["fp32"], device)
+    prepared: nn.Module = prepare_qat(model, settings.qat.scheme, settings.qat.mode)
+    if settings.train.checkpointing:
+        enable_checkpointing(prepared)
+    return prepared
 
 
 def load_base(base: str, settings: BaseSettings, precision: str, device: torch.device) -> nn.Module:
