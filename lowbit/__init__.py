@@ -14,6 +14,8 @@ from lowbit.hf.autoload import install as _install_autoload
 if TYPE_CHECKING:
     from lowbit.algorithms import make_algorithm
     from lowbit.errors import LowbitError
+    from lowbit.formats.conversion import convert
+    from lowbit.formats.loading import load
     from lowbit.hf.config import LowbitConfig
     from lowbit.models.selection import Selection
     from lowbit.nn import QuantEmbedding, QuantLinear, prepare_model
@@ -31,6 +33,8 @@ _HOME = {
     "QuantizedWeight": "lowbit.quant",
     "Scheme": "lowbit.scheme",
     "Selection": "lowbit.models.selection",
+    "convert": "lowbit.formats.conversion",
+    "load": "lowbit.formats.loading",
     "make_algorithm": "lowbit.algorithms",
     "prepare_model": "lowbit.nn",
     "quantize": "lowbit.pipeline",
@@ -45,6 +49,8 @@ __all__ = [
     "Scheme",
     "Selection",
     "__version__",
+    "convert",
+    "load",
     "make_algorithm",
     "prepare_model",
     "quantize",

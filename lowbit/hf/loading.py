@@ -195,11 +195,11 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            # Its own error names no tensor; `_check_loaded` does.
+            # Its own error names no tensor; `check_loaded` does.
             ignore_mismatched_sizes=True,
             **options,
         )
-    _check_loaded(path, info)
+    check_loaded(path, info)
     loaded: nn.Module = model.eval()
     if activations != "float" and not prepare_model(loaded, activations):
         raise LowbitError(
@@ -209,7 +209,7 @@ def load_model(
     return loaded
 
 
-def _check_loaded(path: str, info: dict[str, Any]) -> None:
+def check_loaded(path: str, info: dict[str, Any]) -> None:
     """Refuses weights that transformers left at random; warns of those that it left out."""
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, needed = mismatched[0]
