@@ -111,10 +111,6 @@ def test_either_order_of_imports_wraps_pefts_tuners_once(order: str) -> None:
     assert run_python(code, False).split() == ["True", "True", "False"]
 
 
-def test_importing_lowbit_does_not_import_peft() -> None:
-    assert run_python("import sys, lowbit; print('peft' in sys.modules)", True) == "False"
-
-
 def test_a_config_made_before_lowbit_is_registered_is_no_exception(tmp_path: Path) -> None:
     model, _ = quantized(tmp_path)
     config = LoraConfig(target_modules=["q_proj"])

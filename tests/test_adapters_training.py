@@ -132,6 +132,19 @@ def test_gradient_checkpointing_changes_nothing(
     assert same(stored_bits(peft_model), before)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "zero points"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_compiles_as_one_graph(kind: str, dtype: torch.dtype) -> None:
+    options = {"use_qalora": True} if kind == "zero points" else KINDS[kind]
+    lora = adapted(one_layer("W4A16_ASYM_G32"), **options)
+    lora.quantized.to(dtype).prepare()
+    x = torch.randn(3, 168, dtype=dtype)
+    wanted = lora(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(lora, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), wanted)
+
+
 def test_preparing_for_training_in_low_bits_leaves_every_scale(tmp_path: Path) -> None:
     model, _ = quantized(tmp_path, "qwen3", "W4A16_G32", dtype=torch.bfloat16)
     before = stored_bits(model)

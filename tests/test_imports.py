@@ -117,7 +117,7 @@ def run_python(code: str) -> str:
 
 
 def test_importing_lowbit_imports_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "triton", "accelerate", "numpy")
+    heavy = ("torch", "transformers", "peft", "triton", "accelerate", "numpy")
     code = f"import sys, lowbit; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code) == "[]"
 

@@ -69,6 +69,7 @@ class QuantDoraVariant(DoraLinearVariant):  # type: ignore[misc]
     def merged(module: QuantLoraLinear, adapter: str, weight: Tensor) -> Tensor:
         """Returns m / ||Q + s B A|| (weight + s B A), fp32; `weight` holds adapters before."""
         magnitude = module.lora_magnitude_vector[adapter].weight.float().to(weight.device)
-        factor = magnitude / module.weight_norm(adapter)
-        scaled: Tensor = factor[:, None] * (weight + module.delta(adapter).to(weight.device))
+        delta = module.delta(adapter).to(weight.device)
+        norm = (module.quantized.dequantize(torch.float32) + delta).norm(dim=1)
+        scaled: Tensor = (magnitude / norm)[:, None] * (weight + delta)
         return scaled

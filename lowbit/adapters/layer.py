@@ -208,7 +208,10 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         a, b = a.to(device), b.to(device)
         with torch.autocast(device.type, enabled=False):
             if base.scheme.activations is None:
-                aq_RN = ops.linear(a, base.operand)
+                # Kernels of a GPU would decode all of Q for an fp32 product.
+                narrow = device.type == "cuda" and base.compute_dtype != torch.float32
+                rows = a.to(base.compute_dtype) if narrow else a
+                aq_RN = ops.linear(rows, base.operand).float()
             else:  # such a product would round A to 8 bits
                 aq_RN = a @ base.dequantize(torch.float32).T
             squares = self._base_squares() + 2 * scaling * (b * aq_RN.T).sum(1)
@@ -216,13 +219,16 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         return squares.clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
 
     def _base_state(self) -> Any:
+        """Returns what tells one base from another, None where nothing can be told."""
+        if torch.compiler.is_compiling():
+            return None
         codes = self.quantized.qweight
         return codes.data_ptr(), codes.device, codes._version
 
     def base_grid(self) -> Grid:
         """Returns scales and zero points of the base, fp32 `[out_features, groups]`."""
         key = self._base_state()
-        if self._base_grid is None or self._base_grid[0] != key:
+        if self._base_grid is None or key not in (None, self._base_grid[0]):
             grid = self.quantized.quantized_weight.grid()
             self._base_grid = key, dataclasses.replace(grid, double_quantized=None)
         return self._base_grid[1]
@@ -230,7 +236,7 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
     def _base_squares(self) -> Tensor:
         """Returns the squared norms of the rows of Q, fp32 `[out_features]`."""
         key = self._base_state()
-        if self._row_squares is None or self._row_squares[0] != key:
+        if self._row_squares is None or key not in (None, self._row_squares[0]):
             weight = self.quantized.dequantize(torch.float32)
             self._row_squares = key, weight.square_().sum(1)
         return self._row_squares[1]
