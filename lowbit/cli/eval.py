@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.adapted import Adapter, with_adapter
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
@@ -35,6 +36,7 @@ def eval_command(
     against: Annotated[
         str | None, typer.Option(metavar="BASE", help="The 16-bit original to compare with.")
     ] = None,
+    adapter: Adapter = None,
     windows: Annotated[int | None, typer.Option(help="Only the first N windows.")] = None,
     slices: Annotated[bool, typer.Option("--slices", help="Also by document.")] = False,
     labels: Annotated[
@@ -81,13 +83,16 @@ def eval_command(
     slicing = _slicing(slices, labels, chosen)
     if against is not None:
         _check_baseline(against, chosen)
-    model = load_model(path, dtype, target, activations)
+    model = with_adapter(load_model(path, dtype, target, activations), path, adapter)
     baseline = None if against is None else load_model(against, dtype, target)
     size = measure_size(path) if Path(path).is_dir() else None
     with RunProgress(enabled=Console(stderr=True).is_terminal) as progress:
         progress.stage("windows", len(chosen))
         result = evaluate(model, chosen, baseline, slicing, size, lambda: progress.advance(1))
-    _write(result, {"path": path, "text": text, "against": against}, json_output)
+    inputs = {"path": path, "text": text, "against": against}
+    if adapter is not None:
+        inputs["adapter"] = str(adapter)
+    _write(result, inputs, json_output)
     if json_output != STANDARD_OUTPUT:
         screen().print(render(result))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.adapted import Adapter, with_adapter
 from lowbit.errors import LowbitError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def generate_command(
     path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub name.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    adapter: Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -63,7 +65,7 @@ def generate_command(
         raise LowbitError(f"{path}: has no tokenizer, so a prompt cannot be read; add its files")
     encoded = tokenizer(prompt, return_tensors="pt")
     _check_length(encoded["input_ids"], max_new_tokens, config)
-    model = load_model(path, dtype, target, activations)
+    model = with_adapter(load_model(path, dtype, target, activations), path, adapter)
     streamer = TimedStreamer(tokenizer, show=not json_output)
     _generate(model, encoded, streamer, max_new_tokens, Sampling(temperature, seed))
     streamer.report(prompt, json_output)
