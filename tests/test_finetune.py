@@ -308,7 +308,7 @@ def test_settings_are_checked_when_they_are_made(
 def test_an_output_that_holds_something_is_left_alone(
     base: Path, data: str, clean: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(LowbitError, match="already holds a trained adapter"):
+    with pytest.raises(LowbitError, match="already holds the result of a run"):
         finetune(base, data, clean, settings=SETTINGS)
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from lowbit.cli.forecast import print_forecast
 from lowbit.cli.options import Device, Model, Resume
 from lowbit.cli.screen import screen
 
@@ -94,6 +95,9 @@ def finetune_command(
     device: Device = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
     resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how much memory it will take.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train an adapter (QLoRA) on a frozen base, 16-bit or of few bits.
@@ -154,6 +158,9 @@ def finetune_command(
         ),
         trained_for,
     )
+    if dry_run:
+        print_forecast(base, settings, json_output)
+        return
     with _exit_interrupted():
         result = finetune(
             base,

@@ -51,10 +51,7 @@ def prepare_data(base: str, data: str, settings: DataSettings, seed: int) -> Pre
     tokenizer: Any = load_tokenizer(base)
     if tokenizer is None:
         raise LowbitError(f"{base}: has no tokenizer, so data cannot be read; add its files")
-    longest = getattr(config, "max_position_embeddings", None)
-    seqlen = settings.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
-    if longest is not None and seqlen > longest:
-        raise LowbitError(f"seqlen {seqlen} is longer than the model's {longest} positions")
+    seqlen = choose_seqlen(config, settings.seqlen)
     examples = load_examples(data, tokenizer, seqlen, settings.counted)
     _check_vocabulary(examples, config.vocab_size, base)
     description: dict[str, Any] = {"seqlen": seqlen, "train": examples.describe()}
@@ -77,6 +74,20 @@ def prepare_data(base: str, data: str, settings: DataSettings, seed: int) -> Pre
         (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
     return Prepared(seqlen, rows[0], rows[1], padding, description)
+
+
+def choose_seqlen(config: Any, asked: int | None) -> int:
+    """Returns the tokens in a row: what was asked for, else `DEFAULT_SEQLEN` or the longest.
+
+    Raises:
+        LowbitError: it is longer than the model's positions.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
+    if longest is not None and asked > longest:
+        raise LowbitError(f"seqlen {asked} is longer than the model's {longest} positions")
+    return asked
 
 
 def _check_vocabulary(examples: Examples, vocab_size: int, base: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.hf.loading import load_model
+from lowbit.memory import release_freed_memory
 from lowbit.train.settings import AdapterSettings, BaseSettings, Settings
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ def prepare_trainable(
     if settings.qat is not None:
         return _prepare_qat(base, settings, device)
     model = load_base(base, settings.base, precision, device)
-    adapted = add_adapters(model, base, settings.adapter, settings.train.seed)
+    adapted: nn.Module = add_adapters(model, base, settings.adapter, settings.train.seed)
     if settings.train.checkpointing:
         enable_checkpointing(model)
+    # PEFT looks at decoded weights while it makes its layers.
+    release_freed_memory()
     return adapted
 
 
@@ -86,7 +89,7 @@ def adapter_config(settings: AdapterSettings) -> Any:
     targets = settings.targets
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.scale_numerator,  # type: ignore[arg-type] # a fraction is fine
+        lora_alpha=settings.scale_numerator,
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.rslora,
