@@ -28,6 +28,7 @@ from peft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from safetensors.torch import load_file
 from test_adapters import IDS, logits, quantized, randomise, same, stored_bits
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,7 @@ from lowbit import LowbitError
 from lowbit.adapters.layer import QuantLoraLinear
 from lowbit.adapters.refusals import TRAINABLE_METHODS
 from lowbit.nn.replace import restore_modules
+from lowbit.nn.stored import StoredWeight
 
 
 def run_python(code: str, autoload: bool) -> str:
@@ -93,6 +95,10 @@ class Fake(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 def inject_adapter(self): pass
                 def _check_merge_allowed(self): pass
             module.BaseTuner = BaseTuner
+        if module.__name__ == "peft.peft_model":
+            class PeftModel:
+                def save_pretrained(self): pass
+            module.PeftModel = PeftModel
 sys.meta_path.insert(0, Fake())
 """
 
@@ -101,14 +107,15 @@ sys.meta_path.insert(0, Fake())
 def test_either_order_of_imports_wraps_pefts_tuners_once(order: str) -> None:
     """With a stand-in for PEFT, whose own import takes seconds."""
     code = (
-        f"{FAKE}\n{order.replace('PEFT', 'peft.tuners.tuners_utils')}\n"
+        f"{FAKE}\n{order.replace('PEFT', 'peft.tuners.tuners_utils, peft.peft_model')}\n"
         "import lowbit.hf.autoload as autoload, peft.tuners.tuners_utils as module\n"
         "tuner = module.BaseTuner; first = tuner.inject_adapter\n"
         "autoload.install()\n"
         "print(hasattr(first, '__wrapped__'), first is tuner.inject_adapter)\n"
+        "print(hasattr(peft.peft_model.PeftModel.save_pretrained, '__wrapped__'))\n"
         "print('torch' in sys.modules)"
     )
-    assert run_python(code, False).split() == ["True", "True", "False"]
+    assert run_python(code, False).split() == ["True", "True", "True", "False"]
 
 
 def test_a_config_made_before_lowbit_is_registered_is_no_exception(tmp_path: Path) -> None:
@@ -312,3 +319,28 @@ def test_a_config_that_was_saved_is_like_the_first(tmp_path: Path) -> None:
     model, _ = quantized(tmp_path)
     peft_model = get_peft_model(model, LoraConfig.from_pretrained(tmp_path / "config"))
     assert sum(isinstance(part, QuantLoraLinear) for part in peft_model.modules()) == 3
+
+
+@pytest.mark.parametrize("route", ["get_peft_model", "add_adapter"])
+def test_saving_an_adapter_does_not_unpack_the_base(
+    tmp_path: Path, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = quantized(tmp_path)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"])
+    if route == "add_adapter":
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
+    whole = set(model.state_dict())
+    assert any(name.endswith("weight_packed") for name in whole)
+
+    def unpack(_: Any) -> None:
+        raise AssertionError("the base was brought into its stored form")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredWeight, "quantized_weight", property(unpack))
+        model.save_pretrained(str(tmp_path / "adapter"))
+    assert set(model.state_dict()) == whole
+    saved_names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert len(saved_names) == 7
+    assert all("lora_" in name or name.endswith("norm.weight") for name in saved_names)

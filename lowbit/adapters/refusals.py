@@ -128,14 +128,14 @@ def _refuse_copies(config: Any, name: str, part: StoredWeight) -> None:
     """Raises if the quantized module `name` shall be trained itself, and not through an adapter."""
     own = name.removesuffix(".base_layer")
     for key in getattr(config, "modules_to_save", None) or ():
-        if own == key or own.endswith(f".{key}"):
+        if own.endswith(key):  # as PEFT reads it
             raise LowbitError(
                 f"modules_to_save: {own} is quantized ({part.scheme}) and cannot be trained "
                 "itself; give it an adapter (target_modules), or leave it in 16 bits"
             )
     indices = getattr(config, "trainable_token_indices", None)
     keys = indices if isinstance(indices, dict) else ["embed_tokens"] if indices else []
-    if any(own == key or own.endswith(f".{key}") for key in keys):
+    if any(own.endswith(key) for key in keys):
         raise LowbitError(
             f"trainable_token_indices: {own} is quantized ({part.scheme}) and cannot be trained; "
             "leave it in 16 bits (quantize without embeddings)"

@@ -5,6 +5,9 @@ adapter (`get_peft_model`, `model.add_adapter`, `PeftModel.from_pretrained`, `lo
 through `BaseTuner.inject_adapter`, and everything that merges a model through
 `BaseTuner._check_merge_allowed`: both are wrapped, once PEFT has been imported
 (`hf/autoload.py`). The wrappers do nothing for models without low-bit layers.
+
+`PeftModel.save_pretrained` asks for the state dict of the whole model and keeps the adapter. It is
+wrapped as well, because bringing a prepared base into its stored form takes minutes.
 """
 
 from __future__ import annotations
@@ -13,25 +16,26 @@ import functools
 import sys
 from typing import Any
 
-PEFT_MODULE = "peft.tuners.tuners_utils"
+TUNERS, MODELS = "peft.tuners.tuners_utils", "peft.peft_model"
 _DONE = "_lowbit_registered"
 
 
 def register() -> bool:
-    """Wraps PEFT's tuners if PEFT has been imported; again and again does nothing.
+    """Wraps PEFT's tuners and models if PEFT has been imported; again and again does nothing.
 
     Returns:
-        Whether they are wrapped now.
+        Whether both are wrapped now.
     """
-    module = sys.modules.get(PEFT_MODULE)
-    tuner: Any = getattr(module, "BaseTuner", None)
-    if tuner is None:
-        return False
-    if not hasattr(tuner, _DONE):
+    tuner: Any = getattr(sys.modules.get(TUNERS), "BaseTuner", None)
+    if tuner is not None and not hasattr(tuner, _DONE):
         tuner.inject_adapter = _injecting(tuner.inject_adapter)
         tuner._check_merge_allowed = _merging(tuner._check_merge_allowed)
         setattr(tuner, _DONE, True)
-    return True
+    model: Any = getattr(sys.modules.get(MODELS), "PeftModel", None)
+    if model is not None and not hasattr(model, _DONE):
+        model.save_pretrained = _saving(model.save_pretrained)
+        setattr(model, _DONE, True)
+    return tuner is not None and model is not None
 
 
 def _injecting(original: Any) -> Any:
@@ -54,6 +58,19 @@ def _merging(original: Any) -> Any:
         return original(tuner)
 
     return check_merge_allowed
+
+
+def _saving(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _may_be_quantized() and kwargs.get("state_dict") is None:
+            from lowbit.nn.stored import base_left_out
+
+            with base_left_out():
+                return original(model, *args, **kwargs)
+        return original(model, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _may_be_quantized() -> bool:

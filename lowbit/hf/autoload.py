@@ -24,6 +24,7 @@ from typing import Any
 _METHOD = "lowbit"
 _TABLES_MODULE = "transformers.quantizers.auto"
 _REGISTRATION = "lowbit.adapters.registration"
+_PEFT = ("peft.tuners.tuners_utils", "peft.peft_model")
 # table -> (module, class) of our entry
 _ENTRIES = {
     "AUTO_QUANTIZER_MAPPING": ("lowbit.hf.quantizer", "LowbitHfQuantizer"),
@@ -96,8 +97,8 @@ def _make_tables_lazy() -> bool:
 
 
 def _register_adapters() -> bool:
-    """Tells PEFT of our layers if its tuners exist; returns whether it knows them now."""
-    if not hasattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTuner"):
+    """Tells PEFT of our layers if its classes exist; returns whether all of them do."""
+    if not any(name in sys.modules for name in _PEFT):
         return False
     registered: bool = importlib.import_module(_REGISTRATION).register()
     return registered
@@ -107,5 +108,5 @@ def _register_adapters() -> bool:
 _WATCHED: dict[str, Callable[[], bool]] = {
     _TABLES_MODULE: _make_tables_lazy,
     "transformers.modeling_utils": _make_tables_lazy,
-    "peft.tuners.tuners_utils": _register_adapters,
+    **dict.fromkeys(_PEFT, _register_adapters),
 }

@@ -34,7 +34,7 @@ from lowbit.models.selection import select_modules
 from lowbit.nn.linear import TiedQuantLinear
 from lowbit.nn.prepared import prepare_model
 from lowbit.nn.replace import module_name, replace_modules, restore_modules, tied_head_name
-from lowbit.nn.stored import StoredWeight
+from lowbit.nn.stored import StoredWeight, base_left_out
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
@@ -164,6 +164,9 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes: the model's tensors and the sentinel."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            with base_left_out():
+                return model.state_dict(), {}  # adapters alone are saved
         self._record_merges(model)
         names = [name for name, part in model.named_modules() if isinstance(part, StoredWeight)]
         state: dict[str, Tensor] = model.state_dict()

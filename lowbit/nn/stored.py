@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
     from lowbit.nn.siblings import Siblings
 
 _KERNEL = "kernel_"
+_left_out: ContextVar[bool] = ContextVar("lowbit_left_out", default=False)
+
+
+@contextmanager
+def base_left_out() -> Iterator[None]:
+    """Leaves quantized linear layers out of state dicts made inside, for saving adapters alone.
+
+    Making the canonical tensors of a prepared model takes minutes, and an adapter's file holds none
+    of them.
+    """
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
 
 
 class StoredWeight(nn.Module):
@@ -324,6 +341,8 @@ class StoredWeight(nn.Module):
         Those of a prepared weight are made for the occasion. They go to the CPU: on the device,
         saving a model would need room for it a second time.
         """
+        if _left_out.get() and isinstance(self, nn.Linear):
+            return
         if self._prepared is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
