@@ -253,6 +253,8 @@ def dividing_group(scheme: Scheme, in_features: int) -> int | None:
     channel, if there is none.
     """
     wanted = scheme.group_width(in_features)
+    if scheme.group_size is not None and in_features % scheme.group_size == 0:
+        return scheme.group_size
     sizes = [
         size
         for size in range(MIN_GROUP_SIZE, MAX_GROUP_SIZE + 1, 8)
