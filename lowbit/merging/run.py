@@ -42,7 +42,7 @@ PLAIN: dict[str, torch.dtype] = {
     "float32": torch.float32,
 }
 # Limits of KL(base + adapter || merged), nats per token, by bits of a weight; see
-# docs/design/finetuning.md. Several times what merges of the bundled model give without data.
+# docs/design/finetuning.md. Well above what merges of the bundled model give without data.
 MAX_KL = {2: 1.0, 3: 0.3, 4: 0.1, 8: 0.02, 16: 0.01, 32: 0.01}
 DEFAULT_TEXT = "pydoc"
 DEFAULT_WINDOWS = 16
