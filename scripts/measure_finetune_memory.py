@@ -29,7 +29,7 @@ from scripts.make_random_llama import RandomLlama, write_checkpoint
 from scripts.provenance import RESULTS, ROOT, write_result
 
 BUNDLED = ROOT / "tests" / "assets" / "books-4m"
-STEPS = 3
+STEPS = 2
 CLEAR_PEAK = "5"  # Linux, Documentation/filesystems/proc.rst, clear_refs
 
 

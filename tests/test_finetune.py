@@ -275,6 +275,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         ({"train": {"optimizer": "paged_adamw_8bit"}}, "runs on a GPU only"),
         ({"train": {"precision": "fp16"}}, "fp16 needs a GPU"),
         ({"base": {"scheme": "W9"}}, "W9"),
+        ({"adapter": {"qa_lora": True}}, "W4A16_ASYM_G64"),
+        ({"adapter": {"qa_lora": True}, "base": {"scheme": None}}, "a 16-bit base has none"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(
@@ -347,6 +349,28 @@ def test_the_command_prints_one_json_object(
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["use_dora"], config["use_rslora"]) == (True, True)
     assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("W2A16_G32", ["--init", "residual"]),
+        ("W4A16_ASYM_G32", ["--qa-lora"]),
+        ("none", ["--init", "gaussian", "--loss-on", "all"]),
+    ],
+)
+def test_every_kind_of_adapter_trains_and_its_memory_is_foretold(
+    scheme: str, options: list[str], base: Path, data: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = ["finetune", str(base), "--data", data, "--output", str(output), *options]
+    command += ["--max-steps", "2", "--rank", "2", "--seqlen", "64", "--device", "cpu"]
+    command += [] if scheme == "none" else ["--scheme", scheme]
+    for last in ("--dry-run", "--json"):
+        with pytest.raises(SystemExit) as status:
+            main([*command, last])
+        assert status.value.code == 0
+    assert (output / "adapter_config.json").exists()
 
 
 def test_the_command_prints_a_sentence_and_exits_with_2(

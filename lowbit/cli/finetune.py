@@ -55,6 +55,9 @@ def finetune_command(
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="Also learn magnitudes.")] = False,
+    qa_lora: Annotated[
+        bool, typer.Option("--qa-lora", help="An adapter that merges exactly (asymmetric schemes).")
+    ] = False,
     init: Annotated[str, typer.Option(help="default, gaussian, or residual.")] = "default",
     weights: Annotated[
         str | None, typer.Option(help="Of init residual: folder of the 16-bit model.")
@@ -132,6 +135,7 @@ def finetune_command(
             targets=tuple(target) if target else "all-linear",
             rslora=rslora,
             dora=dora,
+            qa_lora=qa_lora,
             init=init,
             weights=weights,
             statistics=stats,

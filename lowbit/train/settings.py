@@ -77,6 +77,8 @@ class AdapterSettings:
         targets: "all-linear" (all but the output head), or names of modules.
         rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
         dora: also learn magnitudes (Liu et al., arXiv 2402.09353).
+        qa_lora: an adapter that merges into the zero points of the base exactly (Xu et al., arXiv
+            2309.14717); for asymmetric schemes.
         init: "default" (B is zero), "gaussian", or "residual": B A is the best approximation of
             what quantization lost.
         weights: of "residual", the folder of the 16-bit model; None for the base, where that is
@@ -90,6 +92,7 @@ class AdapterSettings:
     targets: str | tuple[str, ...] = ALL_LINEAR
     rslora: bool = False
     dora: bool = False
+    qa_lora: bool = False
     init: str = "default"
     weights: str | None = None
     statistics: str | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from lowbit.errors import LowbitError
 from lowbit.hf.loading import load_model
 from lowbit.memory import release_freed_memory
+from lowbit.nn.stored import StoredWeight
 from lowbit.train.settings import AdapterSettings, BaseSettings, Settings
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def adapter_config(settings: AdapterSettings) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.rslora,
         use_dora=settings.dora,
+        use_qalora=settings.qa_lora,
         init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
@@ -117,6 +119,11 @@ def add_adapters(model: nn.Module, base: str, settings: AdapterSettings, seed: i
     from lowbit.adapters import register
 
     register()
+    if settings.qa_lora and not any(isinstance(m, StoredWeight) for m in model.modules()):
+        raise LowbitError(
+            f"{base}: QA-LoRA merges into zero points, and a 16-bit base has none; quantize it as "
+            "W4A16_ASYM_G64, say"
+        )
     torch.manual_seed(seed)
     anything: Any = model
     try:
