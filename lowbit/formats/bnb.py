@@ -196,7 +196,7 @@ def _state(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Any]:
     if entry.dtype != torch.uint8 or entry.end - entry.begin > MAX_STATE_BYTES:
         raise LowbitError(f"{where} is no JSON of bitsandbytes; fetch the checkpoint again")
     try:
-        state = json.loads(bytes(entry.read().tolist()))
+        state = json.loads(bytes(entry.read().flatten().tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or state.get("quant_type") != kind or kind not in TABLES:

@@ -271,12 +271,12 @@ def _fields(scheme: Scheme) -> dict[str, Any]:
 def _version(quantization: Mapping[str, Any]) -> str:
     """Returns the version of zero points that a config of GPTQ declares; 1 if it says nothing."""
     version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if version not in _VERSIONS:
+    if not isinstance(version, str) or version not in _VERSIONS:
         raise LowbitError(
-            f"config.json: checkpoint_format {version!r} of GPTQ is not supported; needed "
-            f"{' or '.join(_VERSIONS)}"
+            f"config.json: checkpoint_format {str(version)[:60]!r} of GPTQ is not supported; "
+            f"needed {' or '.join(_VERSIONS)}"
         )
-    return str(version)
+    return version
 
 
 def _rules(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
