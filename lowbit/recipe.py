@@ -78,7 +78,7 @@ PRESETS: dict[str, Recipe] = {
     "best": Recipe(
         GPTQ(sweeps=4),
         mismatch=True,
-        tuning=BlockTuning(iterations=300),
+        tuning=BlockTuning(iterations=150),
         end_to_end=ScaleTuning(steps=100, evaluations=5),
     ),
 }
