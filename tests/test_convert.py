@@ -48,6 +48,8 @@ def logits(path: Path) -> torch.Tensor:
         return lowbit.load(path)(IDS).logits
 
 
+@pytest.mark.filterwarnings("ignore:the model is float32, scales are fp16")
+@pytest.mark.filterwarnings("ignore:transformers .5.23. cannot load")
 @pytest.mark.parametrize(
     ("scheme", "to", "mixed"),
     [
@@ -84,6 +86,18 @@ def test_there_and_back_gives_the_same_logits(
     assert f"{UP}.weight" in plain
     assert all(torch.equal(plain[n], t) for n, t in original.items() if n in plain)
     assert all(all(tensor.shape) for tensor in plain.values())
+
+
+def test_what_clients_would_do_to_it_is_said(models: Path, tmp_path: Path) -> None:
+    source = quantized(models, "W4A16_ASYM_G32", dynamic=MIXED, quantize_lm_head=True)
+    with pytest.warns(UserWarning, match="scheme") as told:
+        lowbit.convert(source, tmp_path / "out", "compressed-tensors", progress=False)
+    said = " ".join(str(warning.message) for warning in told)
+    assert "cannot load layers with zero points beside layers of another scheme" in said
+    assert "the model is float32, scales are fp16" in said
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "dequantize" not in config
+    assert len(config["config_groups"]) == 2
 
 
 def test_bf16_is_the_decoded_model(models: Path, tmp_path: Path) -> None:

@@ -166,8 +166,9 @@ class CompressedTensors:
             "ignore": sorted(set(written.plain)),
             "config_groups": groups,
         }
-        if any(not scheme.symmetric for scheme in schemes):
-            # transformers 5.23 runs asymmetric weights only decoded; engines do not read this key.
+        if len(schemes) == 1 and not schemes[0].symmetric:
+            # transformers 5.23 runs asymmetric weights only decoded, and decodes all layers by one
+            # group: with several it would go wrong. Engines do not read this key.
             config["dequantize"] = True
         return config
 

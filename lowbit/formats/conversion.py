@@ -90,7 +90,7 @@ def convert(
     refuse_occupied(directory, resume)
     plan = plan_conversion(checkpoint, to, requantize)
     require_space(directory, _needed_bytes(plan), "a converted checkpoint")
-    _warn_of_casts(plan)
+    _warn_of_clients(plan)
     with RunProgress(progress) as bar:
         sizes = sum(file.stat().st_size for file in checkpoint.files())
         bar.stage("checking", sizes)
@@ -269,12 +269,25 @@ def _needed_bytes(plan: ConversionPlan) -> int:
     return others + int(needed)
 
 
-def _warn_of_casts(plan: ConversionPlan) -> None:
-    """Warns of scales that engines round: they cast them to the dtype of the model."""
+def _warn_of_clients(plan: ConversionPlan) -> None:
+    """Warns of what clients of compressed-tensors do to what the format holds.
+
+    Engines cast scales to the dtype of the model. transformers 5.23 decodes asymmetric layers by
+    the scheme of the first group, so it cannot load them beside other schemes; engines can.
+    """
+    schemes = set(plan.written.schemes.values())
+    if plan.target.name != "compressed-tensors":
+        return
+    if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+        warnings.warn(
+            "transformers (5.23) cannot load layers with zero points beside layers of another "
+            "scheme, engines can; for transformers give all layers one scheme, or none zero points",
+            stacklevel=3,
+        )
     dtype = model_dtype(plan.checkpoint)
     names = {str(d).removeprefix("torch."): name for name, d in SCALE_DTYPES.items()}
-    others = {s.scale_dtype for s in plan.written.schemes.values()} - {names[dtype]}
-    if plan.target.name == "compressed-tensors" and others:
+    others = {scheme.scale_dtype for scheme in schemes} - {names[dtype]}
+    if others:
         warnings.warn(
             f"the model is {dtype}, scales are {', '.join(sorted(others)).lower()}: engines that "
             "cast scales to the dtype of the model round them; load the model in that dtype, or "
