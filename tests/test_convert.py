@@ -307,3 +307,14 @@ def test_the_command_prints_a_summary(
     assert summary["exact"] == 14
     assert summary["format"] == "awq"
     assert summary["schemes"] == ["W4A16_ASYM_G32"]
+
+
+def test_loading_names_the_damaged_tensor(models: Path, tmp_path: Path) -> None:
+    source = quantized(models, "W4A16_G32")
+    out = lowbit.convert(source, tmp_path / "q", "gptq", progress=False).path
+    file = next(f for f in sorted(out.glob("*.safetensors")) if f"{UP}.scales" in load_file(f))
+    tensors = load_file(file)
+    tensors[f"{UP}.scales"][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LowbitError, match=rf"{file.name}: tensor '{UP}.scales' holds NaN"):
+        lowbit.load(out)

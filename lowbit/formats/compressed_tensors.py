@@ -287,13 +287,7 @@ def _stored(checkpoint: Checkpoint, name: str, group: Mapping[str, Any], layout:
         require_entry(checkpoint, scale.name, FLOATS, (shape[0], stored_groups))
     suffixes = ["weight_scale"]
     if not symmetric:
-        zero = checkpoint.entries.get(f"{name}.weight_zero_point")
-        wide = strategy == "tensor" or (zero is not None and zero.dtype == torch.int8)
-        rows = shape[0] if wide else words_per_row(shape[0], bits)
-        size_of = (1,) if strategy == "tensor" else (rows, stored_groups)
-        require_entry(
-            checkpoint, f"{name}.weight_zero_point", (torch.int8 if wide else torch.int32,), size_of
-        )
+        _require_zero_points(checkpoint, name, bits, (shape[0], stored_groups), strategy)
         suffixes.append("weight_zero_point")
     if scheme.activations == INT8_STATIC:
         entry = checkpoint.entries.get(f"{name}.input_scale")
@@ -313,6 +307,21 @@ def _stored(checkpoint: Checkpoint, name: str, group: Mapping[str, Any], layout:
         tuple(f"{name}.{suffix}" for suffix in suffixes),
         details={"layout": layout, "repeats": repeats},
     )
+
+
+def _require_zero_points(
+    checkpoint: Checkpoint, name: str, bits: int, shape: tuple[int, int], strategy: str
+) -> None:
+    """Raises unless the zero points fit `shape` (rows, groups), packed along rows or as int8."""
+    full = f"{name}.weight_zero_point"
+    entry = checkpoint.entries.get(full)
+    if strategy == "tensor":
+        require_entry(checkpoint, full, (torch.int8,), (1,))
+    elif entry is not None and entry.dtype == torch.int8:
+        require_entry(checkpoint, full, (torch.int8,), shape)
+    else:
+        packed = (words_per_row(shape[0], bits), shape[1])
+        require_entry(checkpoint, full, (torch.int32,), packed)
 
 
 def _shape(checkpoint: Checkpoint, name: str, layout: str, bits: int) -> tuple[int, int]:
