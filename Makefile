@@ -1,6 +1,7 @@
 # Every target makes the environment it needs; python3 (3.10 or later), make and a network are enough.
 #
 #   make demo      quantize the bundled model and compare (about three minutes on two cores)
+#   make demo-finetune  an adapter on the bundled model, from JSONL to a merged 4-bit checkpoint
 #   make test      the whole test suite
 #   make lint      ruff and mypy
 #   make sanitize  the tests of the native CPU kernels under AddressSanitizer and UBSan (needs g++)
@@ -27,7 +28,7 @@ BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
 NATIVE := kernels/lowbit_kernels/cpu
 
-.PHONY: help demo test lint sanitize bench-gpu bench-cpu clean
+.PHONY: help demo demo-finetune test lint sanitize bench-gpu bench-cpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +36,9 @@ help:
 
 demo: $(VENV)/compiled
 	$(BIN)/python scripts/demo.py
+
+demo-finetune: $(VENV)/installed-finetune $(VENV)/compiled
+	$(BIN)/python scripts/demo_finetune.py
 
 test: $(VENV)/installed-dev $(VENV)/compiled
 	$(BIN)/python -m pytest
@@ -54,7 +58,7 @@ bench-cpu: $(VENV)/installed-bench $(VENV)/compiled
 	$(BIN)/python kernels/benchmarks/cpu.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist demo-output bench-gpu bench-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output demo-finetune bench-gpu bench-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(NATIVE)/liblowbit.* $(NATIVE)/.lowbit-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -73,6 +77,11 @@ $(VENV)/compiled: $(VENV)/installed $(NATIVE)/build.py $(wildcard $(NATIVE)/src/
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the tools for tests and lint into $(VENV)"
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-finetune: $(VENV)/installed
+	@echo "installing PEFT and what draws loss curves into $(VENV)"
+	$(PIP) -e '.[finetune,plot]'
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed

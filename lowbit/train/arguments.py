@@ -74,6 +74,7 @@ def training_arguments(
 
 def check_train(settings: TrainSettings, device: torch.device) -> None:
     """Refuses what this machine cannot do."""
+    _require("peft", "fine-tuning", "'lowbit[finetune]'")
     if settings.optimizer in GPU_OPTIMIZERS:
         if device.type == "cpu":
             raise LowbitError(
@@ -84,6 +85,6 @@ def check_train(settings: TrainSettings, device: torch.device) -> None:
         _require("tensorboard", "a log for TensorBoard")
 
 
-def _require(package: str, what: str) -> None:
+def _require(package: str, what: str, install: str | None = None) -> None:
     if importlib.util.find_spec(package) is None:
-        raise LowbitError(f"{what} needs the package {package}: pip install {package}")
+        raise LowbitError(f"{what} needs the package {package}: pip install {install or package}")

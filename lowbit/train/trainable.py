@@ -57,6 +57,8 @@ def prepare_trainable(
     if settings.qat is not None:
         return _prepare_qat(base, settings, device)
     model = load_base(base, settings.base, precision, device)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        share_out(model)
     adapted: nn.Module = add_adapters(model, base, settings.adapter, settings.train.seed)
     if settings.train.checkpointing:
         enable_checkpointing(model)
@@ -81,6 +83,16 @@ def load_base(base: str, settings: BaseSettings, precision: str, device: torch.d
     """Returns the base, frozen, in evaluation mode; see `load_model` for what it refuses."""
     model = load_model(base, DTYPES[precision], device, scheme=settings.scheme)
     return model.requires_grad_(False)
+
+
+def share_out(model: nn.Module) -> None:
+    """Gives weights their stored form, whose packed tensors are parameters: FSDP shards those.
+
+    What kernels read is held in buffers, of which every process would keep all.
+    """
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            module.restore()
 
 
 def adapter_config(settings: AdapterSettings) -> Any:
