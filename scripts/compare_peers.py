@@ -32,7 +32,7 @@ from scripts.peers.cases import Bench, Case, CaseFailedError, OurRecipe, list_ca
 from scripts.peers.contenders import CONTENDERS, ENVIRONMENTS, PEERS
 from scripts.peers.environments import Ready, prepare
 from scripts.peers.outliers import FACTOR, SHARE, write_outlier_model
-from scripts.peers.summary import draw, rows_of, sentence, verdicts
+from scripts.peers.summary import NOT_RUN, draw, rows_of, sentence, verdicts
 from scripts.provenance import RESULTS, ROOT, write_result
 from scripts.sample_tokens import weights_digest
 
@@ -269,7 +269,7 @@ def _run(arguments: argparse.Namespace) -> None:
     ledger = ledger_of(bench, arguments.work)
     if arguments.stored:
         missing = [case for case in cases if case.key not in ledger.results]
-        failures = [{**labels_of(case), "failed": "not run yet"} for case in missing]
+        failures = [{**labels_of(case), "failed": NOT_RUN} for case in missing]
     else:
         failures = run_cases(bench, cases, ledger)
     result = content(bench, ledger, cases, failures, arguments.outliers)

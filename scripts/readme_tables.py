@@ -16,7 +16,7 @@ from typing import Any
 
 from lowbit.errors import LowbitError
 from scripts import command_line
-from scripts.peers.summary import OURS, sentence
+from scripts.peers.summary import NOT_RUN, OURS, sentence
 from scripts.provenance import RESULTS, ROOT
 
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -241,7 +241,13 @@ def peers(result: dict[str, Any]) -> str:
         lines = "\n".join(f"- {sentence(verdict)}" for verdict in verdicts)
         parts.append(f"Targets, on `{test}`:\n\n{lines}")
     missing = [(entry, entry["reason"]) for entry in result["refused"]]
-    missing += [(entry, entry["failed"]) for entry in result["failed"]]
+    # A row that lacks draws which nobody has run says so itself; one that failed says why.
+    shown = {(row["name"], row["scheme"]) for row in result["rows"]}
+    missing += [
+        (entry, entry["failed"])
+        for entry in result["failed"]
+        if entry["failed"] != NOT_RUN or (entry["name"], entry["scheme"]) not in shown
+    ]
     if missing:
         # One line for all seeds.
         lines = "\n".join(

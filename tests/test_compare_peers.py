@@ -643,7 +643,12 @@ def test_command_compares_and_goes_on(
     assert partial["rows"] == result["rows"]
     assert {entry["seed"] for entry in partial["failed"]} == {2}
     assert "Fake, 4 bits g128 sym (2 of 3 draws)" in peers(partial)
-    assert "- Fake, 4 bits g128 sym: not run yet" in peers(partial)
+    line = "- Fake, 4 bits g128 sym: "
+    assert line not in peers(partial)
+    assert line + "not run yet" in peers({**partial, "rows": []})
+    for entry in partial["failed"]:
+        entry["failed"] = "it crashed"
+    assert line + "it crashed" in peers(partial)
 
 
 def test_jobs_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from scripts.peers.contenders import CLASSES, TARGETS, Target
 # Two sizes within this many bits per weight count as equal: shapes and padding are stored too.
 SIZE_TOLERANCE = 0.005
 OURS = "lowbit"
+NOT_RUN = "not run yet"
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
