@@ -382,3 +382,15 @@ def test_the_command_prints_a_sentence_and_exits_with_2(
         main(["finetune", str(base), "--data", str(file), "--output", str(tmp_path / "out")])
     assert status.value.code == 2
     assert capsys.readouterr().err.startswith("lowbit: d.jsonl:2 needs the field")
+
+
+def test_a_run_that_was_refused_leaves_nothing_behind(
+    base: Path, data: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(LowbitError, match="rank 5000 is larger than the layer"):
+        finetune(base, data, output, settings=changed(adapter={"rank": 5000}))
+    assert not output.exists()
+    with pytest.raises(LowbitError, match="no such file"):
+        finetune(base, tmp_path / "missing.jsonl", output, settings=SETTINGS)
+    assert not output.exists()

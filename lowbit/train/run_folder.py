@@ -72,6 +72,7 @@ class RunFolder:
                 process writes to it.
         """
         self.refuse_occupied(resume)
+        existed = self.path.exists()
         with disk_errors(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.checkpoints, os.O_RDONLY)
@@ -82,9 +83,22 @@ class RunFolder:
                 f"{self.path}: another process is writing to it; let it finish"
             ) from None
         else:
-            yield
+            try:
+                yield
+            except LowbitError:
+                if not resume:
+                    self._forget_beginning(existed)
+                raise
         finally:
             os.close(descriptor)
+
+    def _forget_beginning(self, keep: bool) -> None:
+        """Removes a run that was refused before it had a checkpoint: it can be given again."""
+        if any(entry.name != RUN_NAME for entry in self.checkpoints.iterdir()):
+            return
+        shutil.rmtree(self.checkpoints)
+        if not keep and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def refuse_occupied(self, resume: bool) -> None:
         """Refuses a folder that is neither empty nor, with `resume`, one of an earlier run.
