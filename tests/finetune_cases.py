@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +58,3 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
         {"instruction": asked, "response": answer}
         for asked, answer in zip(text[::2], text[1::2], strict=True)
     ]
-
-
-def in_fork(work: Callable[[], Any]) -> int:
-    """Runs `work` in a copy of this process; returns its status, negative for a signal.
-
-    Nothing is imported anew, so a process that is to be killed costs no more than its work.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:  # the copy must never come back into pytest
-            traceback.print_exc(file=sys.__stderr__)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

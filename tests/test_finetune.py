@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from finetune_cases import build_base, in_fork, pairs, write_rows
+from finetune_cases import build_base, pairs, write_rows
+from kills import killed_at
 from transformers import AutoModelForCausalLM
 
 from lowbit import LowbitConfig, LowbitError
@@ -104,25 +102,6 @@ def test_a_run_leaves_an_adapter_that_peft_loads_with_the_loss_it_reports(
     assert (clean / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def kill_at(call: int, place: str) -> Callable[[], None]:
-    """Returns what makes the process kill itself at the `call`th call of a method of Trainer."""
-
-    def arm() -> None:
-        original = getattr(trainer.FineTuner, place)
-        calls = 0
-
-        def counting(self: Any, *arguments: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *arguments, **options)
-
-        setattr(trainer.FineTuner, place, counting)
-
-    return arm
-
-
 # In the middle of a step, of a validation, between two steps, before the first checkpoint; and
 # while a checkpoint is written, its adapter being on disk and its optimizer not.
 @pytest.mark.parametrize(
@@ -138,13 +117,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     output = tmp_path / "killed"
     for place, call in kills:
-        arm = kill_at(call, place)
-
-        def work(arm: Callable[[], None] = arm) -> None:
-            arm()
-            finetune(base, data, output, settings=SETTINGS, resume=True)
-
-        assert in_fork(work) == -signal.SIGKILL
+        killed_at(
+            call,
+            trainer.FineTuner,
+            place,
+            lambda: finetune(base, data, output, settings=SETTINGS, resume=True),
+        )
         assert not (output / "adapter_config.json").exists()
     finetune(base, data, output, settings=SETTINGS, resume=True)
     before, after = load_result(clean), load_result(output)
@@ -159,12 +137,12 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     base: Path, data: str, clean: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "damaged"
-
-    def work() -> None:
-        kill_at(13, "training_step")()
-        finetune(base, data, output, settings=SETTINGS)
-
-    assert in_fork(work) == -signal.SIGKILL
+    killed_at(
+        13,
+        trainer.FineTuner,
+        "training_step",
+        lambda: finetune(base, data, output, settings=SETTINGS),
+    )
     newest = max((output / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     content = bytearray((newest / "optimizer.pt").read_bytes())
     content[len(content) // 2] ^= 1

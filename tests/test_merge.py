@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import killed_at
 from safetensors.torch import load_file, save_file
 from test_merge_adapter_file import change_config, trained_adapter
 from tiny_models import build_tiny
@@ -209,22 +209,7 @@ def test_statistics_of_the_base_serve_the_merge(low_bit: bool, tokens: str, tmp_
 
 def killed_merge(after: int, *arguments: Any, **options: Any) -> None:
     """Merges in a process of its own that is killed when its part `after` is about to be noted."""
-    child = os.fork()
-    if child == 0:
-        finish, done = Journal.finish_part, []
-
-        def finish_or_die(self: Journal, *values: Any, **whole: Any) -> None:
-            done.append(values)
-            if len(done) == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            finish(self, *values, **whole)
-
-        Journal.finish_part = finish_or_die  # type: ignore[method-assign]
-        merge(*arguments, **options)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    killed_at(after, Journal, "finish_part", lambda: merge(*arguments, **options))
 
 
 @pytest.mark.parametrize("to", ["bf16", "W4A16_G64"])

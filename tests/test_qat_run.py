@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetune_cases import build_base, in_fork, pairs, write_rows
+from finetune_cases import build_base, pairs, write_rows
+from kills import killed_at
 from transformers import AutoModelForCausalLM
 
 from lowbit import LowbitError, quantize
@@ -108,20 +107,6 @@ def test_the_result_is_a_packed_checkpoint_with_the_loss_that_was_reported(
     assert mode == "weights" or result.trainable == grids
 
 
-def kill_at(call: int, owner: Any, place: str) -> None:
-    """Makes this process kill itself at the `call`th call of a method or function of `owner`."""
-    original, calls = getattr(owner, place), 0
-
-    def counting(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-
-    setattr(owner, place, counting)
-
-
 def test_a_killed_run_ends_bit_identical(base: Path, data: str, tmp_path: Path) -> None:
     from lowbit.checkpoint.journal import Journal
 
@@ -133,12 +118,9 @@ def test_a_killed_run_ends_bit_identical(base: Path, data: str, tmp_path: Path) 
         (2, Journal, "finish_part"),  # while the result is packed
     ]
     for kill in kills:
-
-        def work(kill: tuple[int, Any, str] = kill) -> None:
-            kill_at(*kill)
-            finetune(base, data, tmp_path / "out", settings=chosen, resume=True)
-
-        assert in_fork(work) == -signal.SIGKILL
+        killed_at(
+            *kill, lambda: finetune(base, data, tmp_path / "out", settings=chosen, resume=True)
+        )
         assert not (tmp_path / "out" / "finetune.json").exists()
     finetune(base, data, tmp_path / "out", settings=chosen, resume=True)
     names = {file.name for file in (tmp_path / "whole").iterdir() if file.is_file()}
