@@ -20,14 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.progress import RunProgress
 from scripts import command_line
-from scripts.provenance import RESULTS, write_result
+from scripts.provenance import RESULTS, package_version, write_result
 
 LOWBIT, PEER, PLAIN = "lowbit", "bitsandbytes", "16 bits"
 # contender -> how the base is held
@@ -215,13 +214,6 @@ def _median(worker: Worker, warmup: int) -> float:
     return statistics.median(step["seconds"] for step in worker.steps[warmup:])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.serve is not None:
         serve(arguments, arguments.serve)
@@ -237,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> None:
     case = {
         "model": Path(arguments.model).name,
         **{name: getattr(arguments, name) for name in settings},
-        "peers": {name: _version(name) for name in ("bitsandbytes", "peft")},
+        "peers": {name: package_version(name) for name in ("bitsandbytes", "peft")},
         "rows": rows,
     }
     kept = json.loads(arguments.json.read_text())["cases"] if arguments.json.exists() else []

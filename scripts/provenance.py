@@ -30,7 +30,10 @@ def provenance() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: package_version(p) for p in PACKAGES},
+        },
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
@@ -56,7 +59,8 @@ def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Returns what is installed of a package, None if it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from lowbit.cli.forecast import print_forecast
 from lowbit.cli.options import Device, Model, Resume
+from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def finetune_command(
     if dry_run:
         print_forecast(base, settings, json_output)
         return
-    with _exit_interrupted():
+    with exit_interrupted("--resume goes on from the last checkpoint"):
         result = finetune(
             base,
             data,
@@ -190,16 +189,6 @@ def _validation(given: str | None) -> tuple[str | None, float | None]:
         return None, float(given)
     except ValueError:
         return given, None
-
-
-@contextmanager
-def _exit_interrupted() -> Iterator[None]:
-    """Ends the command with the usual status when the user interrupts it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("lowbit: interrupted; --resume goes on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
 
 
 def _print(result: FinetuneResult) -> None:

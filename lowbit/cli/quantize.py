@@ -145,12 +145,14 @@ def quantize_command(
 
 
 @contextmanager
-def exit_interrupted() -> Iterator[None]:
-    """Ends the command with the usual status when the user interrupts it."""
+def exit_interrupted(
+    rest: str = "finished blocks are kept, --resume goes on",
+) -> Iterator[None]:
+    """Ends the command with the usual status when the user interrupts it, and says the rest."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("lowbit: interrupted; finished blocks are kept, --resume goes on", err=True)
+        typer.echo(f"lowbit: interrupted; {rest}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -221,16 +221,7 @@ def _stored_bytes(
         name: torch.zeros(size, dtype=kind, device=device)
         for name, (size, kind) in scheme.tensor_specs(shape).items()
     }
-    qweight = QuantizedWeight(
-        scheme=scheme,
-        in_features=shape[1],
-        packed=tensors["weight_packed"],
-        scale=tensors["weight_scale"],
-        zero_point=tensors.get("weight_zero_point"),
-        scale_offset=tensors.get("weight_scale_offset"),
-        scale_step=tensors.get("weight_scale_step"),
-        input_scale=tensors.get("input_scale"),
-    )
+    qweight = QuantizedWeight.from_tensors(scheme, shape, tensors, "weight")
     prepared = backends.prepare(qweight, dtype) if multiplies else None
     held = tensors if prepared is None else prepared.for_mode(True).tensors()
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in held.values()}.values())
