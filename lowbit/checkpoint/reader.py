@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.mark import unmarked
 from lowbit.errors import LowbitError
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # The safetensors library refuses longer headers too.
@@ -98,23 +100,27 @@ class Checkpoint:
         self.path, self.config, self.entries = path, config, entries
 
     @staticmethod
-    def open(path: str | Path) -> Checkpoint:
+    def open(path: str | Path, marked: bool = False) -> Checkpoint:
         """Returns the checkpoint at `path` after checking every header and size.
+
+        Args:
+            path: a directory.
+            marked: also one that is marked as bad, to check it again.
 
         Raises:
             LowbitError: for a path that is no checkpoint, pickled weights, a missing or truncated
-                shard, an index that points outside the directory, a header that does not fit.
+                shard, an index that points outside the directory, a header that does not fit, a
+                checkpoint that failed verification.
         """
         directory = Path(path)
         if not directory.exists():
             raise LowbitError(f"{directory}: no such directory; give the folder of a checkpoint")
         if not directory.is_dir():
             raise LowbitError(f"{directory}: is a file; give the folder that holds config.json")
-        config = read_json(directory / "config.json", "a Hugging Face checkpoint has one")
+        config = read_json(directory / CONFIG_NAME, "a Hugging Face checkpoint has one")
+        config = unmarked(directory, config, marked)
         if "model_type" not in config:
-            raise LowbitError(
-                f"{directory / 'config.json'}: has no model_type, so no model is known"
-            )
+            raise LowbitError(f"{directory / CONFIG_NAME}: has no model_type, so no model is known")
         require_complete(directory, config.get("quantization_config"))
         entries: dict[str, TensorEntry] = {}
         weight_map = _weight_map(directory)
@@ -155,16 +161,45 @@ class Checkpoint:
         Raises:
             LowbitError: naming a tensor that holds NaN or Inf.
         """
+        digests, broken = self.scan(advance, stop=True)
+        for entry, kind in broken:
+            raise LowbitError(
+                f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is "
+                "broken, fetch it again"
+            )
+        return digests
+
+    def scan(
+        self, advance: Callable[[int], None] | None = None, stop: bool = False
+    ) -> tuple[dict[str, str], list[tuple[TensorEntry, str]]]:
+        """Returns the SHA-256 of every weight file, and the tensors that hold NaN or Inf.
+
+        Args:
+            advance: told the bytes of every chunk that was read.
+            stop: at the first such tensor.
+        """
         by_file: dict[Path, list[TensorEntry]] = {file: [] for file in self.files()}
         for entry in self.entries.values():
             by_file[entry.file].append(entry)
-        return {file.name: _verify_file(file, by_file[file], advance) for file in by_file}
+        digests: dict[str, str] = {}
+        broken: dict[str, tuple[TensorEntry, str]] = {}
+        for file, entries in by_file.items():
+            digests[file.name] = _scan_file(file, entries, broken, advance)
+            if broken and stop:
+                break
+        return digests, list(broken.values())
 
 
-def _verify_file(
-    file: Path, entries: list[TensorEntry], advance: Callable[[int], None] | None
+def _scan_file(
+    file: Path,
+    entries: list[TensorEntry],
+    broken: dict[str, tuple[TensorEntry, str]],
+    advance: Callable[[int], None] | None,
 ) -> str:
-    """Returns the SHA-256 of `file`; `entries` are its tensors in file order, without holes."""
+    """Returns the SHA-256 of `file`, and notes what is `broken` in it.
+
+    `entries` are its tensors in file order, without holes.
+    """
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         digest.update(handle.read(entries[0].begin if entries else -1))
@@ -173,23 +208,23 @@ def _verify_file(
             while remaining:
                 chunk = bytearray(handle.read(min(remaining, HASH_CHUNK_BYTES)))
                 digest.update(chunk)
-                _require_finite(torch.frombuffer(chunk, dtype=entry.dtype), entry)
+                kind = _not_finite(torch.frombuffer(chunk, dtype=entry.dtype))
+                if kind is not None:
+                    broken.setdefault(entry.name, (entry, kind))
                 remaining -= len(chunk)
                 if advance is not None:
                     advance(len(chunk))
     return digest.hexdigest()
 
 
-def _require_finite(values: Tensor, entry: TensorEntry) -> None:
+def _not_finite(values: Tensor) -> str | None:
+    """Returns what is among `values` that is no number, if anything."""
     if not values.is_floating_point():
-        return
+        return None
     low, high = torch.aminmax(values)  # NaN propagates; one pass, nothing allocated
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        kind = "NaN" if torch.isnan(low) else "Inf"
-        raise LowbitError(
-            f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is "
-            "broken, fetch it again"
-        )
+    if torch.isfinite(low) and torch.isfinite(high):
+        return None
+    return "NaN" if torch.isnan(low) else "Inf"
 
 
 def require_complete(directory: Path, quantization: Any) -> None:

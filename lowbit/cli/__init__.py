@@ -1,4 +1,4 @@
-"""The command line: a module per command; `main` turns bad input into a sentence and status 2.
+"""The command line: a module per command; `main` turns bad input into a sentence and a status.
 
 Heavy imports (torch, transformers) happen inside the commands, so that `--help` is immediate.
 """
@@ -49,11 +49,11 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with 0, or 2 for bad input."""
+    """Runs the command line; exits with 0, 2 for bad input, 3 for failed checks."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             app(args=arguments)
     except LowbitError as error:
         print(f"lowbit: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
