@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "nn",
         "models",
     },
+    "engines": {"errors", "scheme", "allocation", "nn", "models"},
     "hf": {
         "errors",
         "memory",
