@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 # Nothing that is worth saying takes more; names from files may.
 MAX_MESSAGE = 2000
 
@@ -22,10 +21,10 @@ class LowbitError(ValueError):
     what no encoding has, is escaped, and whatever is too long is cut in its middle.
     """
 
+    exit_status = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
-
-    exit_status = 2
 
 
 class VerificationError(LowbitError):

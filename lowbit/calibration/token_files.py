@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 
 TOKEN_SUFFIXES = (".safetensors", ".npy")
+# What numpy raises for headers that are no literals, and for dtypes and shapes that it lacks.
+_BROKEN = (
+    ValueError, EOFError, OSError, TypeError, OverflowError, AttributeError, SyntaxError,
+    RecursionError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def read_token_rows(path: Path) -> Tensor:
@@ -40,7 +46,7 @@ def _read_npy(path: Path, name: str) -> NDArray[Any]:
     try:
         # A pickled array would run code on load; a mapped one is checked against the file's size.
         rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except _BROKEN as error:
         raise LowbitError(
             f"{name} is not a plain .npy array of integers ({error}); pickled arrays are refused, "
             "save with np.save(path, ids.astype(np.int32))"
@@ -55,6 +61,6 @@ def _read_tensor(path: Path, name: str) -> NDArray[Any]:
                 rows: NDArray[Any] = tensors.get_tensor("input_ids")
                 return rows
             found = ", ".join(list(tensors.keys())[:4]) or "nothing"
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, *_BROKEN) as error:
         raise LowbitError(f"{name} is not a readable safetensors file ({error})") from error
     raise LowbitError(f"{name} holds no tensor `input_ids` (found {found}); rename it")

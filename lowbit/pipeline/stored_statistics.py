@@ -99,8 +99,12 @@ class StoredStatistics:
         fingerprint, parts = manifest.get("fingerprint"), manifest.get("parts")
         if not isinstance(fingerprint, dict) or fingerprint.get("kind") != KIND:
             raise LowbitError(f"{directory}: is something else than statistics; {make}")
-        if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
+        sound = isinstance(parts, dict) and all(map(_is_part, parts.values()))
+        if not isinstance(parts, dict) or not sound or not _is_fingerprint(fingerprint):
             raise LowbitError(f"{directory / MANIFEST_NAME}: is corrupt; {make} again")
+        for part in parts.values():
+            if not (directory / part["file"]).is_file():
+                raise LowbitError(f"{directory / part['file']}: the shard is missing; {make} again")
         return StoredStatistics(directory, manifest)
 
     @property
@@ -219,9 +223,38 @@ class StoredStatistics:
 def _statistics(
     entries: dict[str, TensorEntry], group: str, report: dict[str, Any], device: torch.device
 ) -> Statistics:
-    packed, scale = entries[f"{group}.hessian"].read(), entries[f"{group}.input_scale"].read()
-    hessian = unpack_triangle(packed, report["in_features"]).to(device)
+    size = report["in_features"]
+    packed = _read(entries, f"{group}.hessian", (size * (size + 1) // 2,))
+    scale = _read(entries, f"{group}.input_scale", (1,))
+    hessian = unpack_triangle(packed, size).to(device)
     return Statistics(hessian, report["tokens"], report["dropped"], input_scale=scale)
+
+
+def _read(entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...]) -> Tensor:
+    entry = entries.get(name)
+    if entry is None or entry.dtype != torch.float32 or entry.shape != shape:
+        found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+        raise LowbitError(
+            f"tensor {name!r} of the statistics is {found}, needed torch.float32 {list(shape)}; "
+            "run `lowbit calibrate` again into a new folder"
+        )
+    tensor = entry.read()
+    if not bool(tensor.isfinite().all()):
+        raise LowbitError(
+            f"{entry.file}: tensor {name!r} holds NaN or Inf; run `lowbit calibrate` again into a "
+            "new folder"
+        )
+    return tensor
+
+
+def _is_fingerprint(fingerprint: dict[str, Any]) -> bool:
+    model = fingerprint.get("model")
+    return (
+        isinstance(fingerprint.get("calibration"), dict)
+        and isinstance(model, dict)
+        and isinstance(model.get("config"), str)
+        and isinstance(model.get("weights"), dict)
+    )
 
 
 def _is_part(part: Any) -> bool:
@@ -229,11 +262,21 @@ def _is_part(part: Any) -> bool:
         isinstance(part, dict)
         and all(isinstance(part.get(key), str) for key in ("file", "sha256"))
         and Path(part["file"]).name == part["file"]
+        and "\0" not in part["file"]
+        and _are_names(part.get("unreached", []))
         and isinstance(part.get("modules"), dict)
-        and all(
-            isinstance(group, dict)
-            and isinstance(group.get("members"), list)
-            and all(isinstance(group.get(key), int) for key in ("in_features", "tokens", "dropped"))
-            for group in part["modules"].values()
-        )
+        and all(map(_is_group, part["modules"].values()))
     )
+
+
+def _is_group(group: Any) -> bool:
+    return (
+        isinstance(group, dict)
+        and _are_names(group.get("members"))
+        and all(type(group.get(key)) is int for key in ("in_features", "tokens", "dropped"))
+        and group["in_features"] > 0
+    )
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
