@@ -45,6 +45,8 @@ LINEARS: dict[str, tuple[int, int]] = {
     f"{BLOCK}.mlp.down_proj": (WIDTH, INNER),
 }
 HEAD = "lm_head"
+# They have exceptions for single modules, found by patterns or names.
+RULED = ("lowbit", "compressed-tensors", "gptq", "gptq_v2")
 
 
 def plain_tensors(generator: torch.Generator) -> dict[str, Tensor]:
@@ -88,13 +90,15 @@ def checkpoint(
         shards: number of files.
     """
     generator = torch.Generator().manual_seed(0)
-    layout, scheme = LAYOUTS[layout_name], Scheme.parse(scheme_name)
+    layout, schemes = LAYOUTS[layout_name], dict.fromkeys(LINEARS, Scheme.parse(scheme_name))
+    if layout_name in RULED:
+        schemes[f"{BLOCK}.mlp.down_proj"] = Scheme.parse(scheme_name.replace("G32", "G64"))
     tensors: dict[str, Tensor] = {}
     for name, shape in LINEARS.items():
-        made = layout.tensors(name, random_weight(scheme, shape, generator))
+        made = layout.tensors(name, random_weight(schemes[name], shape, generator))
         tensors |= change(name, made) if change else made
     tensors |= plain_tensors(generator)
-    written = Written(dict.fromkeys(LINEARS, scheme), (HEAD,), HEAD, "model.embed_tokens")
+    written = Written(schemes, (HEAD,), HEAD, "model.embed_tokens")
     tensors |= layout.markers(written)
     config = {**CONFIG, "quantization_config": layout.config(written)}
     return {"config.json": json.dumps(config).encode(), **_weights(tensors, shards)}
