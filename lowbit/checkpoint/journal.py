@@ -26,6 +26,8 @@ from lowbit.errors import LowbitError
 
 JOURNAL_NAME = "lowbit_journal.json"
 MANIFEST_NAME = "lowbit_manifest.json"
+# In the report of a quantized module: `QuantizedWeight.checksum` of what was in memory.
+CHECKSUM = "decoded_crc32"
 MAX_THREADS = 1024
 
 Fingerprint = dict[str, Any]
@@ -139,6 +141,26 @@ def stored_run(directory: Path) -> dict[str, Any] | None:
             raise LowbitError(f"{directory / name}: is corrupt; start again in a new directory")
         return stored
     return None
+
+
+def module_reports(directory: Path) -> dict[str, dict[str, Any]]:
+    """Returns module name -> what the manifest of the finished run in `directory` says of it.
+
+    Empty where there is no manifest: nobody recorded anything.
+
+    Raises:
+        LowbitError: the manifest is corrupt.
+    """
+    if not (directory / MANIFEST_NAME).exists():
+        return {}
+    try:
+        parts = read_json(directory / MANIFEST_NAME, "")["parts"].values()
+        found = {name: dict(report) for part in parts for name, report in part["modules"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, LowbitError):
+            raise
+        raise LowbitError(f"{directory / MANIFEST_NAME}: is corrupt; fetch it again") from None
+    return found
 
 
 @contextmanager

@@ -24,20 +24,29 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.checkpoint import Checkpoint, ShardWriter, write_json
-from lowbit.checkpoint.journal import MANIFEST_NAME, Journal, claim, refuse_occupied
+from lowbit.checkpoint import ShardWriter, write_json
+from lowbit.checkpoint.journal import (
+    CHECKSUM,
+    MANIFEST_NAME,
+    Journal,
+    claim,
+    module_reports,
+    refuse_occupied,
+)
 from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.errors import LowbitError
+from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
+from lowbit.formats.gguf.tokenizer import write_tokenizer
 from lowbit.formats.model_view import CONV1D
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
-from lowbit.formats.reading import read_module
+from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.regrid import regrid, requantized
 from lowbit.memory import release_freed_memory
 from lowbit.pipeline.output import digest_json, write_index, write_side_files
-from lowbit.pipeline.source import local_directory, require_space
+from lowbit.pipeline.source import require_space
 from lowbit.progress import RunProgress
-from lowbit.quant import QuantizedWeight
+from lowbit.quant import QuantizedWeight, weight_checksum
 from lowbit.scheme import SCALE_DTYPES
 
 # The longest of all names of tensors, and how many of them a module has at most.
@@ -73,7 +82,7 @@ def convert(
     for every weight with the reader of the target.
 
     Args:
-        source: directory of a checkpoint in any format here, or its name on the hub.
+        source: directory of a checkpoint in any format here, its name on the hub, or a GGUF file.
         output: directory to write, new or empty.
         to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bnb", "lowbit" or "bf16".
         requantize: round weights that the format cannot hold to the nearest scheme that it can.
@@ -84,13 +93,14 @@ def convert(
         LowbitError: bad input; nothing has been written unless the message says so.
     """
     directory = Path(output)
-    checkpoint = Checkpoint.open(local_directory(source))
+    checkpoint = open_checkpoint(source)
     if directory.resolve() == checkpoint.path.resolve():
         raise LowbitError(f"{directory}: output and source are the same; choose another output")
     refuse_occupied(directory, resume)
     plan = plan_conversion(checkpoint, to, requantize)
     require_space(directory, _needed_bytes(plan), "a converted checkpoint")
     _warn_of_clients(plan)
+    _warn_of_decoded(plan)
     with RunProgress(progress) as bar:
         sizes = sum(file.stat().st_size for file in checkpoint.files())
         bar.stage("checking", sizes)
@@ -115,6 +125,7 @@ class _Run:
         self.plan, self.journal, self.bar = plan, journal, bar
         self._owner = {t: name for name, s in plan.modules.items() for t in s.tensors}
         self._reports: dict[str, dict[str, Any]] = {}
+        self._written = module_reports(plan.checkpoint.path)
 
     def execute(self) -> None:
         """Writes every shard that is not finished."""
@@ -126,7 +137,7 @@ class _Run:
             owners = dict.fromkeys(self._owner[name] for name in names if name in self._owner)
             modules = [name for name in owners if name not in seen]
             seen.update(modules)
-            if file.name in self.journal.parts:
+            if _shard_name(file) in self.journal.parts:
                 self.bar.advance(file.stat().st_size)
             else:
                 self._write(file, names, modules)
@@ -138,7 +149,7 @@ class _Run:
         first = file == self.plan.checkpoint.files()[0]
         bound = ShardWriter.header_bound([*others, *longest, *markers])
         self._reports = {}
-        output = self.journal.directory / file.name
+        output = self.journal.directory / _shard_name(file)
         with ShardWriter(output, bound) as writer:
             for name, tensor in markers.items() if first else ():
                 writer.add(name, tensor)
@@ -154,7 +165,7 @@ class _Run:
                 if all(entry.shape) or not isinstance(self.plan.source, Lowbit):
                     writer.add(name, entry.read())
                 self._advance([name])
-        self.journal.finish_part(file.name, output, self._reports)
+        self.journal.finish_part(output.name, output, self._reports)
 
     def _advance(self, names: Iterable[str]) -> None:
         entries = (self.plan.checkpoint.entries[name] for name in names)
@@ -178,7 +189,9 @@ class _Run:
             made = plan.target.tensors(module, held, order)
             report |= {"scheme": str(held.scheme), "exact": error == 0.0}
             report |= {} if error == 0.0 else {"relative_error": error}
-            self._require_equal(module, made, held, order)
+            report[CHECKSUM] = self._require_equal(module, made, held, order)
+            if error == 0.0:
+                self._require_unchanged(module, report[CHECKSUM])
         stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
         self._reports[module] = {**report, "stored_bytes": stored_bytes}
         return made
@@ -204,22 +217,44 @@ class _Run:
 
     def _require_equal(
         self, module: str, made: dict[str, Tensor], held: QuantizedWeight, order: Tensor | None
-    ) -> None:
-        """Reads `made` with the reader of the target and compares it with what it was made of."""
+    ) -> str:
+        """Reads `made` with the reader of the target and compares it with what it was made of.
+
+        Returns the checksum of the weight, its columns in the order of the activations.
+        """
         target = self.plan.target
         stored = target.stored_as(module, held.scheme, held.shape, made)
         again = target.read(module, dataclasses.replace(stored, input_order=order), made)
-        if not torch.equal(again.dequantize(), held.dequantize()):
+        weight = held.dequantize()
+        if not torch.equal(again.dequantize(), weight):
             raise AssertionError(f"{module}: {target.name} does not decode to what was written")
+        return weight_checksum([weight if order is None else weight[:, torch.argsort(order)]])
+
+    def _require_unchanged(self, module: str, checksum: str) -> None:
+        """Refuses a source that is no longer what was in memory when it was written."""
+        written = self._written.get(module, {}).get(CHECKSUM, checksum)
+        if written != checksum:
+            raise LowbitError(
+                f"{self.plan.checkpoint.path}: {module} no longer decodes to the weights that were "
+                "written; run `lowbit verify` on it, and quantize the model again"
+            )
+
+
+def _shard_name(file: Path) -> str:
+    """Returns the name of the shard that is made of a file; a GGUF file becomes a single one."""
+    return SINGLE_NAME if file.suffix == SUFFIX else file.name
 
 
 def _finish(plan: ConversionPlan, journal: Journal) -> dict[str, Any]:
     """Writes everything besides the shards, config.json last, and returns the manifest."""
     directory, checkpoint = journal.directory, plan.checkpoint
-    files = [file.name for file in checkpoint.files()]
+    files = [_shard_name(file) for file in checkpoint.files()]
     if files != [SINGLE_NAME]:
         write_index(directory, files)
-    write_side_files(checkpoint.path, directory)
+    if isinstance(checkpoint, GgufCheckpoint):
+        write_tokenizer(checkpoint.header, directory)
+    else:
+        write_side_files(checkpoint.path, directory)
     manifest = _manifest(journal)
     write_json(directory / MANIFEST_NAME, manifest)
     dropped = ("quantization_config", "compression_config")
@@ -247,7 +282,7 @@ def _manifest(journal: Journal) -> dict[str, Any]:
             "format": journal.fingerprint["to"],
             "quantized_weights": weights,
             "quantized_bytes": stored,
-            "bits_per_weight": 8 * stored / weights,
+            "bits_per_weight": 8 * stored / weights if weights else 16.0,
             "schemes": sorted({report["scheme"] for report in reports.values()}),
             "exact": len(reports) - len(changed),
             "rounded": changed,
@@ -267,6 +302,13 @@ def _needed_bytes(plan: ConversionPlan) -> int:
         weights = math.prod(stored.shape)
         needed += 2 * weights if scheme is None else 1.1 * scheme.stored_bytes(stored.shape)
     return others + int(needed)
+
+
+def _warn_of_decoded(plan: ConversionPlan) -> None:
+    """Says which tensors of a GGUF file are in a type that is decoded, whatever the target."""
+    note = plan.checkpoint.decoded_note() if isinstance(plan.checkpoint, GgufCheckpoint) else None
+    if note is not None:
+        warnings.warn(note, stacklevel=3)
 
 
 def _warn_of_clients(plan: ConversionPlan) -> None:

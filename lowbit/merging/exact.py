@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.checkpoint import ShardWriter, TensorEntry, write_json
-from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
+from lowbit.checkpoint.journal import CHECKSUM, MANIFEST_NAME, Fingerprint, Journal, claim
 from lowbit.checkpoint.reader import (
     IN_PROGRESS,
     INDEX_NAME,
@@ -69,6 +69,8 @@ def write_exact(
     require_space(directory, total, "a merged model")
     files = base.files()
 
+    reports: dict[str, dict[str, str]] = {}
+
     def merged(entry: TensorEntry) -> Tensor:
         module = entry.name.removesuffix(_ZERO_POINT)
         if entry.name in adapter.replaced:
@@ -76,9 +78,10 @@ def write_exact(
         if module == entry.name or module not in adapter.lora:
             return entry.read()
         stored = read_quantized(base.entries, module, *schemes[module])
-        zero_point = adapter.merged_zero_points(module, stored).zero_point
-        assert zero_point is not None
-        return zero_point
+        qweight = adapter.merged_zero_points(module, stored)
+        assert qweight.zero_point is not None
+        reports[module] = {CHECKSUM: qweight.checksum()}
+        return qweight.zero_point
 
     with claim(directory, resume):
         journal = Journal.start(directory, fingerprint)
@@ -89,11 +92,12 @@ def write_exact(
             for file in files:
                 entries = [entry for entry in base.entries.values() if entry.file == file]
                 if file.name not in journal.parts:
+                    reports.clear()
                     bound = ShardWriter.header_bound([entry.name for entry in entries])
                     with ShardWriter(directory / file.name, bound) as writer:
                         for entry in entries:
                             writer.add(entry.name, merged(entry))
-                    journal.finish_part(file.name, directory / file.name, {})
+                    journal.finish_part(file.name, directory / file.name, dict(reports))
                 bar.advance(sum(entry.end - entry.begin for entry in entries))
             if (base.path / INDEX_NAME).exists():
                 write_index(directory, [file.name for file in files])
@@ -105,10 +109,15 @@ def write_exact(
 
 
 def _with_digests(manifest: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    """Returns the base's manifest with the digests that its shards have now."""
+    """Returns the base's manifest with what its shards and modules are now."""
     digests = {part["file"]: part["sha256"] for part in journal.parts.values()}
+    merged = {name: r for part in journal.parts.values() for name, r in part["modules"].items()}
     parts = {
-        name: {**part, "sha256": digests.get(part["file"], part["sha256"])}
+        name: {
+            **part,
+            "sha256": digests.get(part["file"], part["sha256"]),
+            "modules": {m: {**r, **merged.get(m, {})} for m, r in part["modules"].items()},
+        }
         for name, part in manifest.get("parts", {}).items()
     }
     return {**manifest, "parts": parts or journal.parts}

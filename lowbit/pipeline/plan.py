@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from lowbit.calibration.tokens import CalibrationTokens
 from lowbit.checkpoint import write_json
-from lowbit.checkpoint.journal import MANIFEST_NAME, Fingerprint, Journal, claim
-from lowbit.checkpoint.reader import IN_PROGRESS, file_digest
+from lowbit.checkpoint.journal import CHECKSUM, MANIFEST_NAME, Fingerprint, Journal, claim
+from lowbit.checkpoint.reader import IN_PROGRESS, file_digest, read_header
 from lowbit.checkpoint.replacement import begin_replacement, finish_replacement
 from lowbit.hf.config import LowbitConfig, sentinel_key
 from lowbit.models.streaming import StreamedDecoder
@@ -25,6 +28,7 @@ from lowbit.pipeline.source import (
 )
 from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.progress import RunProgress
+from lowbit.quant import QuantizedWeight
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 
@@ -132,8 +136,28 @@ class Plan:
             shards = [self.directory / file for file in files]
             tokens, mask = self.tokens.ids, self.tokens.mask
             tuned = step.tune(shards, self.decoder, self.selected, tokens, bar, mask)
+            self._renew_checksums(journal, tuned.tensors)
             begin_replacement(journal, tuned.tensors, step.name, tuned.report)
         finish_replacement(journal)
+
+    def _renew_checksums(self, journal: Journal, tensors: Mapping[str, Tensor]) -> None:
+        """Lets the journal, when it is written next, know what changed modules decode to."""
+        for part in journal.parts.values():
+            file = self.directory / part["file"]
+            entries = {entry.name: entry for entry in read_header(file)}
+            for name, report in part["modules"].items():
+                specs = Scheme.parse(report["scheme"]).tensor_specs(tuple(report["shape"]))
+                stored = {key: f"{name}.{key}" for key in specs}
+                if not any(full in tensors for full in stored.values()):
+                    continue
+                found = {
+                    key: tensors[full] if full in tensors else entries[full].read()
+                    for key, full in stored.items()
+                }
+                qweight = QuantizedWeight.from_tensors(
+                    Scheme.parse(report["scheme"]), tuple(report["shape"]), found, name
+                )
+                report[CHECKSUM] = qweight.checksum()
 
     def _manifest(self, journal: Journal) -> dict[str, Any]:
         allocation = {} if self.allocated is None else {"allocation": self.allocated}

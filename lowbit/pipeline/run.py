@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.algorithms import make_algorithm
 from lowbit.algorithms.base import Statistics
 from lowbit.calibration.capture import collect_statistics, input_groups
-from lowbit.checkpoint.journal import Journal
+from lowbit.checkpoint.journal import CHECKSUM, Journal
 from lowbit.checkpoint.reader import read_header, read_quantized
 from lowbit.checkpoint.writer import ShardWriter
 from lowbit.errors import LowbitError
@@ -290,8 +290,11 @@ class QuantizationRun:
 
     def _write_module(self, name: str, state: OpenPiece, writer: ShardWriter) -> None:
         """Appends the tensors of a module, whose codes are then no longer needed."""
-        for suffix, tensor in _qweight(name, state).tensors().items():
+        qweight = _qweight(name, state)
+        for suffix, tensor in qweight.tensors().items():
             writer.add(f"{name}.{suffix}", tensor)
+        # What is in memory now is what a reloaded checkpoint must decode to.
+        state.reports[name][CHECKSUM] = qweight.checksum()
         del state.results[name]
 
     def _describe(self, piece: Piece, doing: str) -> None:

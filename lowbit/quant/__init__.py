@@ -3,7 +3,7 @@
 from lowbit.quant.activations import integer_product, quantize_activations
 from lowbit.quant.grid import Grid, decode, nearest_code, sorted_codebook
 from lowbit.quant.packing import pack, unpack
-from lowbit.quant.qweight import QuantizedWeight
+from lowbit.quant.qweight import QuantizedWeight, weight_checksum
 
 __all__ = [
     "Grid",
@@ -15,4 +15,5 @@ __all__ = [
     "quantize_activations",
     "sorted_codebook",
     "unpack",
+    "weight_checksum",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,10 +182,36 @@ class QuantizedWeight:
             weight[rows] = grid.rows(rows).dequantize(codes).to(dtype)
         return weight
 
+    def checksum(self) -> str:
+        """Returns the `weight_checksum` of `dequantize()`, a few rows in memory at a time."""
+        stored: dict[str, Any] = {k: t for k, t in vars(self).items() if isinstance(t, Tensor)}
+        here = replace(self, **{name: tensor.cpu() for name, tensor in stored.items()})
+        step = max(1, BLOCK_WEIGHTS["cpu"] // self.in_features)
+        starts = range(0, self.shape[0], step)
+        rows = (torch.arange(start, min(start + step, self.shape[0])) for start in starts)
+        grid = here.grid()
+        return weight_checksum(
+            grid.rows(r).dequantize(unpack(here.packed[r], self.scheme.bits, self.in_features))
+            for r in rows
+        )
+
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weights of `rows` (int64 `[n]`) alone, `[n, in_features]` (embeddings)."""
         codes = unpack(self.packed[rows], self.scheme.bits, self.in_features)
         return self.grid(rows).dequantize(codes).to(dtype)
+
+
+def weight_checksum(rows: Iterable[Tensor]) -> str:
+    """Returns the CRC-32 of a weight, 8 hex digits: the same in every format that holds its values.
+
+    Args:
+        rows: float32 `[n, in_features]`, all of its rows in order; signs of zero do not count.
+    """
+    crc = 0
+    for block in rows:
+        # -0.0 + 0.0 is 0.0
+        crc = zlib.crc32((block.float() + 0.0).contiguous().numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _tail_is_zero(words: Tensor, used_bits: int) -> bool:

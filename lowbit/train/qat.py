@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lowbit import __version__
 from lowbit.algorithms import RTN
 from lowbit.checkpoint import Checkpoint, ShardWriter, write_json
-from lowbit.checkpoint.journal import MANIFEST_NAME, Journal
+from lowbit.checkpoint.journal import CHECKSUM, MANIFEST_NAME, Journal
 from lowbit.checkpoint.reader import IN_PROGRESS
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.hf.config import LowbitConfig, sentinel_key
@@ -290,6 +290,7 @@ def _write_group(
             "shape": list(shape),
             "weights": shape[0] * shape[1],
             "stored_bytes": scheme.stored_bytes(shape),
+            CHECKSUM: qweight.checksum(),
         }
     return reports
 
