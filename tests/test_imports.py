@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "nn",
         "models",
     },
-    "engines": {"errors", "scheme", "allocation", "nn", "models"},
+    "engines": {"errors", "scheme", "allocation", "nn", "models", "formats"},
     "hf": {
         "errors",
         "memory",

@@ -56,7 +56,15 @@ class Checkpoint:
     ) -> Checkpoint:
         """Returns a checkpoint of which only the names of the weights and the config are known."""
         model = model_of(config)
-        ordered = _has_order(config.get("quantization_config"))
+        return Checkpoint.of_model(
+            layout, schemes, model, _has_order(config.get("quantization_config"))
+        )
+
+    @staticmethod
+    def of_model(
+        layout: str, schemes: Mapping[str, Scheme], model: Model, ordered: bool = False
+    ) -> Checkpoint:
+        """Returns a checkpoint of a model; `ordered`: columns have orders of their own."""
         names = dict.fromkeys([*schemes, *model.shapes])
         weights = tuple(
             Weight(

@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LINEAR, HEAD, EMBEDDING = "linear", "head", "embedding"
 COLUMN, ROW, COPIED = "column", "row", "copied"
@@ -145,10 +148,7 @@ def _model_of(text: str) -> Model:
     from lowbit.models.foreign import one_sentence
 
     fields = json.loads(text)
-    inner = fields.get("text_config")
-    inner = inner if isinstance(inner, dict) else fields
-    heads = _count(inner, "num_attention_heads", "n_head")
-    kv_heads = _count(inner, "num_key_value_heads") or heads
+    heads, kv_heads = _heads(fields)
     try:
         with one_sentence("config.json", "model"):
             config = AutoConfig.for_model(**fields)
@@ -158,11 +158,11 @@ def _model_of(text: str) -> Model:
                 )
     except LowbitError:
         return Model({}, heads=heads, kv_heads=kv_heads)
-    return _described(model, heads, kv_heads)
+    return described(model)
 
 
-def _described(model: Any, heads: int | None, kv_heads: int | None) -> Model:
-    """Returns what a model without weights says."""
+def described(model: PreTrainedModel) -> Model:
+    """Returns what a model says, which may be without weights."""
     from torch import nn
 
     from lowbit.nn.replace import module_name, weight_is_transposed, weight_shape
@@ -183,10 +183,17 @@ def _described(model: Any, heads: int | None, kv_heads: int | None) -> Model:
         shapes,
         module_name(model, model.get_output_embeddings()),
         module_name(model, model.get_input_embeddings()),
-        heads,
-        kv_heads,
+        *_heads(model.config.to_dict()),
         experts,
     )
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Returns the numbers of attention heads and of key-value heads, None where none is named."""
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, Mapping) else config
+    heads = _count(inner, "num_attention_heads", "n_head")
+    return heads, _count(inner, "num_key_value_heads") or heads
 
 
 def _count(config: Mapping[str, Any], *names: str) -> int | None:
