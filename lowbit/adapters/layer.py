@@ -30,6 +30,7 @@ from lowbit.adapters.dora import QuantDoraVariant
 from lowbit.adapters.refusals import refuse_config, refuse_rank
 from lowbit.adapters.zero_point import ZeroPointVariant, require_zero_point_config
 from lowbit.errors import LowbitError
+from lowbit.memory import release_freed_memory
 from lowbit.nn import QuantLinear
 from lowbit.nn.replace import plain_like
 from lowbit.quant import Grid
@@ -87,6 +88,9 @@ class QuantLoraLinear(Linear):  # type: ignore[misc]
         super().__init__(
             base_layer, adapter_name, config=plain, r=r, lora_alpha=lora_alpha, **kwargs
         )
+        # PEFT looks at a decoded weight, and then the adapter lies in what that has freed: the next
+        # decoded weight would need new memory, layer after layer.
+        release_freed_memory()
 
     @property
     def quantized(self) -> QuantLinear:

@@ -10,7 +10,6 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.hf.loading import load_model
-from lowbit.memory import release_freed_memory
 from lowbit.nn.stored import StoredWeight
 from lowbit.train.settings import AdapterSettings, BaseSettings, Settings
 
@@ -62,8 +61,6 @@ def prepare_trainable(
     adapted: nn.Module = add_adapters(model, base, settings.adapter, settings.train.seed)
     if settings.train.checkpointing:
         enable_checkpointing(model)
-    # PEFT looks at decoded weights while it makes its layers.
-    release_freed_memory()
     return adapted
 
 
