@@ -121,12 +121,19 @@ HALVES = {
 }  # fmt: skip
 
 
+# About how large a random code times the scale of its sub-block is.
+MAGNITUDES = {
+    "Q4_0": 5, "Q4_1": 8, "Q5_0": 9, "Q8_0": 74, "IQ4_NL": 70, "Q2_K": 15, "Q3_K": 42, "Q4_K": 320,
+    "Q5_K": 650, "Q6_K": 1300,
+}  # fmt: skip
+
+
 def random_rows(rng: np.random.Generator, name: str, rows: int, blocks: int) -> np.ndarray:
-    """Returns uint8 `[rows, bytes]` of random blocks whose fp16 are finite."""
+    """Returns uint8 `[rows, bytes]` of random blocks of values around 0.05."""
     _, size, _ = ORACLES[name]
     raw = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
     for at in HALVES[name]:
-        halves = rng.normal(0, 0.01, (rows, blocks, 1)).astype(np.float16)
+        halves = rng.normal(0, 0.05 / MAGNITUDES[name], (rows, blocks, 1)).astype(np.float16)
         raw[:, :, at : at + 2] = halves.view(np.uint8)
     return raw.reshape(rows, -1)
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.reader import SAFETENSORS_DTYPES
 from lowbit.formats.base import Layout, StoredAs
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
-from lowbit.formats.reading import read_module
+from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.table import layout_of
 from lowbit.hf.loading import check_loaded
 from lowbit.models.foreign import one_sentence
-from lowbit.pipeline.source import local_directory
+from lowbit.models.streaming import model_config
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
@@ -35,13 +35,13 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
 
     Args:
         path: a folder, or the name of one on the hub: of lowbit, compressed-tensors, GPTQ, AWQ or
-            bitsandbytes (4 bits), or in 16 bits.
+            bitsandbytes (4 bits), or in 16 bits; or a GGUF file.
         **options: of transformers' `from_pretrained`: `dtype`, `device_map`, ...
 
     Raises:
         LowbitError: for a checkpoint that is damaged, or that no kernel here runs.
     """
-    checkpoint = Checkpoint.open(local_directory(path))
+    checkpoint = open_checkpoint(path)
     where = str(checkpoint.path)
     options.setdefault("dtype", "auto")
     if options["dtype"] in (None, "auto"):
@@ -56,7 +56,9 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
                 checkpoint.path, use_safetensors=True, trust_remote_code=False, **options
             )
     else:
-        plan = plan_conversion(checkpoint, Lowbit.name, requantize=False)
+        # A GGUF file may hold nothing but types that are decoded.
+        to = Lowbit.name if layout.modules(checkpoint) else Bf16.name
+        plan = plan_conversion(checkpoint, to, requantize=False)
         with one_sentence(where, "model"):
             model, info = _load_foreign(plan, options)
     check_loaded(where, info)
@@ -69,8 +71,9 @@ def _load_foreign(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Returns the model and what transformers says of the loading."""
     path = plan.checkpoint.path
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    config.quantization_config = plan.target.config(plan.written)
+    config = model_config(plan.checkpoint)
+    if plan.written.schemes:
+        config.quantization_config = plan.target.config(plan.written)
     if (path / "generation_config.json").is_file() and "generation_config" not in options:
         options = {**options, "generation_config": GenerationConfig.from_pretrained(path)}
     # Auto classes want a folder or a name; the class they choose does not.

@@ -9,6 +9,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.base import Layout, StoredAs, Written
 from lowbit.formats.compressed_tensors import HEAD
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.model_view import CONV1D, EMBEDDING, LINEAR, OTHER, ModelView, ModuleView
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.table import layout_named, layout_of
@@ -77,7 +78,12 @@ def plan_conversion(checkpoint: Checkpoint, to: str, requantize: bool) -> Conver
     if source.name == target.name:
         raise LowbitError(f"{checkpoint.path}: is {source.name} already; choose another format")
     modules = source.modules(checkpoint)
-    if not modules:
+    if not modules and isinstance(source, Gguf) and not isinstance(target, Bf16):
+        raise LowbitError(
+            f"{checkpoint.path}: holds no weight that a scheme here has exactly; --to bf16 decodes "
+            "it, and `lowbit quantize` makes another model of that"
+        )
+    if not modules and not isinstance(source, Gguf):
         raise LowbitError(
             f"{checkpoint.path}: config.json says {source.name}, but no tensor is quantized so; "
             "they do not belong together"

@@ -1,4 +1,4 @@
-"""Reading modules of a checkpoint in any layout."""
+"""Opening a checkpoint in any layout, and reading its modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,31 @@ from pathlib import Path
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.base import Layout, StoredAs
+from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
+from lowbit.pipeline.source import local_directory
 from lowbit.quant import QuantizedWeight
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Returns the checkpoint at `path` after checking every header and size.
+
+    Args:
+        path: a folder, the name of one on the hub, or a GGUF file; a folder that holds one GGUF
+            file and no config.json stands for that file.
+
+    Raises:
+        LowbitError: for a path that is no checkpoint, and for one that is damaged.
+    """
+    if Path(path).suffix == SUFFIX and not Path(path).is_dir():
+        return GgufCheckpoint.open_file(path)
+    directory = local_directory(path)
+    if directory.is_dir() and not (directory / "config.json").exists():
+        files = sorted(directory.glob(f"*{SUFFIX}"))
+        if len(files) > 1:
+            raise LowbitError(f"{directory}: holds {len(files)} GGUF files; give one of them")
+        if files:
+            return GgufCheckpoint.open_file(files[0])
+    return Checkpoint.open(directory)
 
 
 def read_module(

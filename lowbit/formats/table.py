@@ -8,6 +8,7 @@ from lowbit.formats.awq import Awq
 from lowbit.formats.base import Layout, quantization_of
 from lowbit.formats.bnb import Bnb
 from lowbit.formats.compressed_tensors import CompressedTensors
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.gptq import Gptq
 from lowbit.formats.own import Bf16, Lowbit
 
@@ -20,6 +21,7 @@ LAYOUTS: dict[str, Layout] = {
         Gptq(version=2),
         Awq(),
         Bnb(),
+        Gguf(),
         Bf16(),
     )
 }

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -272,6 +277,14 @@ def _no_inner_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Returns the configuration of a model; that of a single file lies in no folder."""
+    if checkpoint.path.is_dir():
+        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    return AutoConfig.for_model(**config)
+
+
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the model of `checkpoint` without weights, its buffers on the CPU.
 
@@ -279,7 +292,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         LowbitError: if the config names no known model, or disagrees with the tensors.
     """
     with one_sentence(str(checkpoint.path), "model that config.json describes"):
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = model_config(checkpoint)
         if checkpoint.config.get("tie_word_embeddings") is False:
             config.tie_word_embeddings = False  # a merge may part what the file ties
         depth = config.get_text_config(decoder=True).num_hidden_layers

@@ -92,14 +92,17 @@ def _blocks(values: Tensor, size: int) -> Tensor:
 
 def _halves(values: Tensor) -> Tensor:
     """Returns fp16 as uint8 `[blocks, 2]`."""
-    return values.reshape(-1, 1).to(torch.float16).contiguous().view(torch.uint8)
+    raw: Tensor = values.reshape(-1, 1).to(torch.float16).contiguous().view(torch.uint8)
+    return raw
 
 
 def _nibbles(codes: Tensor, apart: int) -> Tensor:
     """Returns bytes that have code i in their low and code i + `apart` in their high half."""
     runs = codes.unflatten(1, (-1, 2, apart))
-    return (runs[:, :, 0] | (runs[:, :, 1] << 4)).flatten(1)
+    packed: Tensor = (runs[:, :, 0] | (runs[:, :, 1] << 4)).flatten(1)
+    return packed
 
 
 def _joined(rows: int, *parts: Tensor) -> Tensor:
-    return torch.cat(parts, dim=1).reshape(rows, -1)
+    raw: Tensor = torch.cat(parts, dim=1).reshape(rows, -1)
+    return raw
