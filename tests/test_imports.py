@@ -24,8 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"errors", "scheme", "quant"},
     "ops": {"errors", "scheme", "quant", "backends"},
     "memory": set(),
+    "patterns": {"errors"},
     "nn": {"errors", "memory", "scheme", "quant", "backends", "ops"},
-    "models": {"errors", "scheme", "quant", "calibration", "checkpoint", "nn"},
+    "models": {"errors", "patterns", "scheme", "quant", "calibration", "checkpoint", "nn"},
     "allocation": {
         "errors",
         "memory",

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowbit import patterns
 from lowbit.checkpoint.reader import read_json
 from lowbit.errors import LowbitError
 
@@ -119,7 +119,7 @@ class AdapterConfig:
 def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
     """Returns the value of the first regex that matches the end of a name, as PEFT reads them."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if patterns.starts_with(rf"(.*\.)?({key})$", module, CONFIG_NAME):
             return value
     return default
 
@@ -163,10 +163,5 @@ def _pattern(file: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
     ):
         raise LowbitError(f"{file}: {key} is not an object of regex -> number, got {pattern!r}")
     for regex in pattern:
-        try:
-            re.compile(regex)
-        except (re.error, RecursionError) as error:
-            raise LowbitError(
-                f"{file}: {key}: {regex!r} is no regular expression ({error})"
-            ) from None
+        patterns.require_pattern(regex, f"{file}: {key}")
     return pattern

@@ -14,13 +14,13 @@ Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naiv
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit import patterns
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.base import (
@@ -240,12 +240,7 @@ def _is_name(target: str, name: str) -> bool:
 def _fits_pattern(target: str, name: str) -> bool:
     if not target.startswith("re:"):
         return False
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except (re.error, RecursionError) as error:
-        raise LowbitError(
-            f"config.json: {target!r} is not a regular expression ({error})"
-        ) from None
+    return patterns.starts_with(target.removeprefix("re:"), name, "config.json: targets")
 
 
 def _is_class(target: str, name: str) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import __version__
+from lowbit import __version__, patterns
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.base import (
@@ -291,13 +291,10 @@ def _rules(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _overrides(name: str, rules: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns what the first rule that fits a module sets."""
     for pattern, override in rules.items():
-        try:
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
-                return override
-        except (re.error, RecursionError) as error:
-            raise LowbitError(
-                f"config.json: dynamic {pattern!r} is not a regular expression ({error})"
-            ) from None
+        if pattern.startswith("-:"):
+            continue
+        if patterns.starts_with(pattern.removeprefix("+:"), name, "config.json: dynamic"):
+            return override
     return {}
 
 

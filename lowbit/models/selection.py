@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowbit import patterns
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.models.layers import find_decoder_layers
 from lowbit.nn.replace import module_name, tied_head_name, weight_is_transposed, weight_shape
@@ -41,12 +41,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         for pattern, _ in self.dynamic:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError) as error:
-                raise LowbitError(
-                    f"dynamic: {pattern!r} is not a regular expression ({error})"
-                ) from None
+            patterns.require_pattern(pattern, "dynamic")
 
 
 def select_modules(
@@ -170,7 +165,7 @@ def scheme_for(name: str, selection: Selection) -> Scheme | None:
     if any(_names_part(entry, name) for entry in selection.modules_to_not_convert):
         return None
     for pattern, scheme in selection.dynamic:
-        if re.search(pattern, name):
+        if patterns.is_in(pattern, name, "dynamic"):
             return scheme
     return selection.scheme
 
@@ -187,7 +182,7 @@ def _require_all_match(model: PreTrainedModel, selection: Selection, candidates:
             parts = {part for name in every_name for part in name.split(".") if not part.isdigit()}
             raise unknown_name("module in modules_to_not_convert", entry, parts)
     for pattern, _ in selection.dynamic:
-        if not any(re.search(pattern, name) for name in candidates):
+        if not any(patterns.is_in(pattern, name, "dynamic") for name in candidates):
             raise LowbitError(
                 f"dynamic: {pattern!r} is found in no module that would be quantized; names look "
                 f"like {candidates[0]!r}"
