@@ -13,8 +13,9 @@ PATHS = (
     "model.safetensors/../model.safetensors", "outside.safetensors",
 )  # fmt: skip
 # Each of them takes time exponential, or a high power, in the length of a name.
+_ENDLESS = ("(?:\\w+\\.?)+[A-Z]", "(?:\\w|\\w\\w|\\w\\.|\\.)*(?=[A-Z])", "(.*.*)*!", "(a|a)*$")
 PATTERNS = (
-    "(\\w+\\.?)+!", "re:(\\w+\\.?)+!", "+:(\\w+\\.?)+!", "(.*.*)*!", "re:(.*.*)*!", "(a|a)*$",
+    *_ENDLESS, *(f"re:{p}" for p in _ENDLESS), *(f"+:{p}" for p in _ENDLESS),
     ".*.*.*.*.*.*.*.*.*.*!", "re:.*", "re:(", "+:(", "[", "(?P<x>", "\\", "re:" + "(" * 200,
     "a{1,4294967296}", "re:(?:a{1,1000}){1,1000}", "-:.*", "x" * 5000,
 )  # fmt: skip
