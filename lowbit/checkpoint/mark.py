@@ -33,27 +33,31 @@ def marked_config(config: dict[str, Any], failed: dict[str, str]) -> dict[str, A
     return {"model_type": kind, MARK: {"checks": failed, "config": real}}
 
 
-def unmarked(directory: Path, config: dict[str, Any], allowed: bool) -> dict[str, Any]:
+def real_config(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Returns the real config of a marked checkpoint, and any other as it is.
 
-    Args:
-        directory: of the checkpoint.
-        config: what its `config.json` says.
-        allowed: whether it may be marked.
-
     Raises:
-        LowbitError: it is marked and that is not allowed, or the mark is corrupt.
+        LowbitError: the mark is corrupt.
     """
     if MARK not in config:
         return config
     mark = config[MARK] if isinstance(config[MARK], dict) else {}
-    checks, real = mark.get("checks"), mark.get("config")
-    if not isinstance(checks, dict) or not isinstance(real, dict):
+    real = mark.get("config")
+    if not isinstance(real, dict) or not isinstance(mark.get("checks"), dict):
         raise LowbitError(f"{directory / 'config.json'}: its {MARK} is corrupt; make it again")
-    if not allowed:
-        name, detail = next(iter(checks.items()), ("", ""))
+    return real
+
+
+def refuse_marked(directory: Path, config: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose `config.json` is a mark.
+
+    Raises:
+        LowbitError: saying what is wrong with it.
+    """
+    if MARK in config:
+        real_config(directory, config)
+        name, detail = next(iter(config[MARK]["checks"].items()), ("", ""))
         raise LowbitError(
             f"{directory}: is marked as bad, it failed verification ({name}: {detail}); make it "
             "again, or run `lowbit verify` on it, which clears the mark if everything passes"
         )
-    return real

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.mark import unmarked
+from lowbit.checkpoint.mark import refuse_marked
 from lowbit.errors import LowbitError
 from lowbit.quant import QuantizedWeight
 from lowbit.scheme import Scheme
@@ -63,6 +63,10 @@ class TensorEntry:
         """Returns the whole tensor: transformers' loader asks lazy tensors for `[...]`."""
         return self.exact()
 
+    def is_floating_point(self) -> bool:
+        """Returns whether it holds floats, which the loader of a quantized model asks."""
+        return self.dtype.is_floating_point
+
     def exact(self) -> Tensor:
         """Returns the tensor before it is rounded to `dtype`, where it is computed; else `read`."""
         return self.read()
@@ -100,12 +104,8 @@ class Checkpoint:
         self.path, self.config, self.entries = path, config, entries
 
     @staticmethod
-    def open(path: str | Path, marked: bool = False) -> Checkpoint:
+    def open(path: str | Path) -> Checkpoint:
         """Returns the checkpoint at `path` after checking every header and size.
-
-        Args:
-            path: a directory.
-            marked: also one that is marked as bad, to check it again.
 
         Raises:
             LowbitError: for a path that is no checkpoint, pickled weights, a missing or truncated
@@ -118,7 +118,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise LowbitError(f"{directory}: is a file; give the folder that holds config.json")
         config = read_json(directory / CONFIG_NAME, "a Hugging Face checkpoint has one")
-        config = unmarked(directory, config, marked)
+        refuse_marked(directory, config)
         if "model_type" not in config:
             raise LowbitError(f"{directory / CONFIG_NAME}: has no model_type, so no model is known")
         require_complete(directory, config.get("quantization_config"))

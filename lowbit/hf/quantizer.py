@@ -152,7 +152,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.name_or_path}: tensor {self._not_finite[0]!r} holds NaN or Inf; a model "
                 "with such weights is broken, fetch it again"
             )
-        _restore_scale_dtypes(model)
+        restore_scale_dtypes(model)
         _require_sound_scales(model)
         prepare_model(model)
         # `prepare_model_for_kbit_training` widens every 16-bit parameter to fp32 and leaves out
@@ -220,7 +220,7 @@ class LowbitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _restore_scale_dtypes(model: PreTrainedModel) -> None:
+def restore_scale_dtypes(model: PreTrainedModel) -> None:
     """Takes back the widening of scales by a policy that keeps modules in fp32.
 
     transformers 5.17 does not ask `get_new_dtype` yet. fp16 to fp32 and back is exact.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,16 +20,19 @@ from lowbit.errors import LowbitError
 from lowbit.hf.loading import load_model
 from lowbit.models.foreign import one_sentence
 
+if TYPE_CHECKING:
+    from lowbit_eval import EvaluationResult
+
 
 @dataclass(frozen=True)
 class Measured:
-    """How far the merged model is from base + adapter, on held-out text.
+    """How far a model is from what it was made of, on held-out text.
 
     Args:
-        kl: mean KL(base + adapter || merged), nats per token.
+        kl: mean KL(before || after), nats per token; before a merge there were base + adapter.
         kl_error: its standard error over windows; None for one window.
-        perplexity_before: of base + adapter.
-        perplexity_after: of the merged model.
+        perplexity_before: of the original.
+        perplexity_after: of the model.
         flips: share of tokens whose most likely successor changed.
         predictions: tokens behind each mean.
         text: what was measured on.
@@ -48,6 +51,23 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
         return asdict(self)
+
+    @staticmethod
+    def of(result: EvaluationResult, text: str) -> Measured:
+        """Returns what counts of an evaluation against an original, on the text of that name."""
+        divergence, perplexity_before = result.divergence, result.base_perplexity
+        assert divergence is not None
+        assert perplexity_before is not None
+        return Measured(
+            kl=divergence.mean.mean,
+            kl_error=divergence.mean.standard_error,
+            perplexity_before=perplexity_before.perplexity,
+            perplexity_after=result.perplexity.perplexity,
+            flips=divergence.flips.mean,
+            predictions=result.predictions,
+            text=text,
+            token_digest=result.token_digest,
+        )
 
 
 def measure(
@@ -80,19 +100,7 @@ def measure(
     before = load_adapted(base, adapter, dtype, device)
     after = load_model(str(merged), dtype, device)
     result = evaluate(after, windows, before, advance=advance)
-    divergence, perplexity_before = result.divergence, result.base_perplexity
-    assert divergence is not None
-    assert perplexity_before is not None
-    return Measured(
-        kl=divergence.mean.mean,
-        kl_error=divergence.mean.standard_error,
-        perplexity_before=perplexity_before.perplexity,
-        perplexity_after=result.perplexity.perplexity,
-        flips=divergence.flips.mean,
-        predictions=result.predictions,
-        text=text,
-        token_digest=result.token_digest,
-    )
+    return Measured.of(result, text)
 
 
 def load_adapted(base: str, adapter: Path, dtype: str, device: torch.device) -> nn.Module:

@@ -10,7 +10,6 @@ block, and neither knows of adapters. Nothing is kept after it was read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.adapters.adapter_file import AdapterFile
+from lowbit.checkpoint.computed import ComputedEntry
 from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.checkpoint.reader import Checkpoint, TensorEntry, read_json, read_quantized
 from lowbit.errors import LowbitError
@@ -35,33 +35,6 @@ FLOATS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class ComputedEntry(TensorEntry):
-    """A tensor that is in no file; `file` is the one that holds what it is made of.
-
-    Args:
-        compute: returns it, float32 or as exact as it is known.
-    """
-
-    compute: Callable[[], Tensor]
-
-    @staticmethod
-    def like(
-        name: str, file: Path, dtype: torch.dtype, shape: tuple[int, ...], compute: Any
-    ) -> ComputedEntry:
-        """Returns the entry of a tensor of `shape` that is to be stored as `dtype`."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        return ComputedEntry(name, file, dtype, tuple(shape), 0, size, compute)
-
-    def exact(self) -> Tensor:
-        """Returns the tensor, computed anew."""
-        return self.compute()
-
-    def read(self) -> Tensor:
-        """Returns the tensor in `dtype`."""
-        return self.compute().to(self.dtype)
 
 
 class MergedCheckpoint(Checkpoint):

@@ -37,6 +37,10 @@ from lowbit.models.sources import Source, parameter_sources
 from lowbit.nn.replace import module_name
 
 
+# Tables of a model beyond the size of its weights.
+MAX_BUFFER_BYTES = 1 << 27
+
+
 @dataclass
 class BlockCall:
     """How the model calls one block for one batch: everything except the hidden states."""
@@ -70,13 +74,20 @@ class StreamedDecoder:
         LowbitError: if the config names no known model, or disagrees with the tensors.
     """
 
+    # Of transformers, for a subclass whose modules are quantized.
+    hf_quantizer: Any = None
+
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.model = meta_model(checkpoint, dtype)
+        self.model = self._empty_model()
         self.layers_name, self.layers = find_decoder_layers(self.model)
         self._returns_tuple: bool | None = None
         self._mapping = get_model_conversion_mapping(self.model)
         self.sources, self.ignored = parameter_sources(self.model, checkpoint)
+
+    def _empty_model(self) -> PreTrainedModel:
+        """Returns the model without weights; a subclass puts other modules in."""
+        return meta_model(self.checkpoint, self.dtype)
 
     @property
     def embedding_name(self) -> str:
@@ -133,6 +144,7 @@ class StreamedDecoder:
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
+            hf_quantizer=self.hf_quantizer,
         )
         with _no_inner_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
@@ -301,10 +313,28 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 f"{checkpoint.path}: config.json says {depth} blocks, but there are only "
                 f"{len(checkpoint.entries)} tensors; they do not belong together"
             )
+        _require_small_buffers(checkpoint, config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
     return model.eval()
+
+
+def _require_small_buffers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Refuses a config whose tables (rotary frequencies, masks) outgrow the checkpoint.
+
+    They are in no file, so nothing but a number in config.json says how large they are; GPT-2's
+    mask is the square of one.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    needed = sum(buffer.nbytes for buffer in model.buffers())
+    stored = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
+    if needed > MAX_BUFFER_BYTES + stored:
+        raise LowbitError(
+            f"{checkpoint.path}: the tables of the model that config.json describes take "
+            f"{needed / 1e9:.1f} GB, all weights {stored / 1e9:.1f} GB; they do not belong together"
+        )
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

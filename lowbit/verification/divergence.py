@@ -1,0 +1,61 @@
+"""The divergence of a checkpoint from its original, as a check with a limit."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.hf.loading import evaluation_windows, load_config, load_model
+from lowbit.merging.measure import Measured
+from lowbit.progress import RunProgress
+
+DEFAULT_TEXT = "pydoc"
+DEFAULT_WINDOWS = 16
+
+
+def measure_divergence(
+    path: str, against: str, text: str | None, device: torch.device, bar: RunProgress
+) -> Measured:
+    """Returns how far the model of `path` is from that of `against`; both are in memory.
+
+    Args:
+        path: folder of a checkpoint.
+        against: its original, a folder or a hub name.
+        text: as for `lowbit eval`; None for CPython's help topics.
+        device: where both are run.
+        bar: told about windows.
+
+    Raises:
+        LowbitError: one of them cannot be run, the text is unusable, or their vocabularies differ.
+    """
+    from lowbit_eval import evaluate
+
+    windows = evaluation_windows(path, text or DEFAULT_TEXT, None, DEFAULT_WINDOWS)
+    vocab_size = load_config(against).vocab_size
+    if int(windows.ids.max()) >= vocab_size:
+        raise LowbitError(
+            f"--against {against}: its vocabulary of {vocab_size} lacks tokens of the model; give "
+            "the checkpoint that the model was quantized from"
+        )
+    bar.stage("measuring", len(windows))
+    model, original = load_model(path, device=device), load_model(against, device=device)
+    result = evaluate(model, windows, original, advance=lambda: bar.advance(1))
+    return Measured.of(result, text or DEFAULT_TEXT)
+
+
+def judge(measured: Measured, max_kl: float | None) -> str:
+    """Returns a measurement as words.
+
+    Raises:
+        LowbitError: it is above `max_kl`.
+    """
+    error = "" if measured.kl_error is None else f" \u00b1 {measured.kl_error:.1g}"
+    limit = "" if max_kl is None else f", limit {max_kl:g}"
+    words = (
+        f"KL {measured.kl:.3g}{error} nats per token{limit}; perplexity "
+        f"{measured.perplexity_before:.4g} to {measured.perplexity_after:.4g}; flips "
+        f"{measured.flips:.2%}; {measured.text}, {measured.predictions:,} tokens"
+    )
+    if max_kl is not None and not measured.kl <= max_kl:
+        raise LowbitError(f"above the limit: {words}")
+    return words

@@ -1,0 +1,335 @@
+"""`verify` and the gate after every save."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.checkpoint import Checkpoint, write_json
+from lowbit.checkpoint.journal import JOURNAL_NAME
+from lowbit.checkpoint.mark import MARK, marked_config, real_config
+from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
+from lowbit.errors import LowbitError, VerificationError
+from lowbit.formats.model_view import ModelView
+from lowbit.formats.table import layout_of
+from lowbit.models.streaming import StreamedDecoder
+from lowbit.progress import RunProgress
+from lowbit.verification.decoded import DecodedCheckpoint, Inspector
+from lowbit.verification.kernels import KernelDecoder
+from lowbit.verification.probe import Outcome, compare_with_model, probe_ids, run_probe
+from lowbit.verification.report import Check, Checks, Report, listed
+from lowbit.verification.stored import (
+    Subject,
+    check_files,
+    check_hashes,
+    check_quantized,
+    not_finite,
+    read_manifest,
+)
+
+GGUF = ".gguf"
+
+
+def verify(
+    path: str | Path,
+    *,
+    against: str | None = None,
+    max_kl: float | None = None,
+    text: str | None = None,
+    probe: bool = True,
+    model: nn.Module | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Report:
+    """Returns what is right and wrong about a checkpoint; nothing is written.
+
+    Args:
+        path: folder of a checkpoint in any format here, or a GGUF file.
+        against: also measure the divergence from this original; both models are in memory then.
+        max_kl: its limit, mean nats per token.
+        text: what to measure on, as for `lowbit eval`; None for CPython's help topics.
+        probe: run a few tokens through the model; False checks files and weights only.
+        model: the model that was saved, to compare its logits too.
+        device: where the probe runs; the CPU by default.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        LowbitError: there is no checkpoint, it is unfinished, or of an unknown kind. What is wrong
+            with one is in the report.
+    """
+    path = Path(path)
+    if path.suffix == GGUF and not path.is_dir():
+        return _verify_gguf(path)
+    if max_kl is not None and against is None:
+        raise LowbitError("--max-kl is a limit for the divergence from an original; add --against")
+    where = device or torch.device("cpu")
+    with RunProgress(progress) as bar, _without_mark(path) as directory:
+        report = _Verification(directory, probe, model, where, bar).run()
+        if against is not None:
+            comparison = _Comparison(against, max_kl, text)
+            report = _compared(report, comparison, str(directory), where, bar)
+    return _named(report, directory, path)
+
+
+def gate(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Report:
+    """Returns the report of a checkpoint that was just written and passes; marks one that fails.
+
+    Args:
+        path: folder of the checkpoint, or a GGUF file, which cannot be marked.
+        model: the model that was saved, where it is in memory.
+        device: where the probe runs; the CPU by default.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        VerificationError: it fails a check. Nothing is deleted; until a `lowbit verify` passes, no
+            reader takes it.
+    """
+    report = verify(path, model=model, device=device, progress=progress)
+    settle_mark(report)
+    if report.ok:
+        return report
+    name, detail = next(iter(report.failed.items()))
+    more = f", and {len(report.failed) - 1} other checks" if len(report.failed) > 1 else ""
+    kept = "keep it from use" if Path(path).suffix == GGUF else "it is marked, so nothing loads it"
+    raise VerificationError(
+        f"{path}: was written, but fails verification ({name}: {detail}{more}); {kept}, and all "
+        f"files are kept for `lowbit verify {path}`"
+    )
+
+
+def settle_mark(report: Report) -> bool:
+    """Marks a checkpoint that failed, or clears the mark of one that passed.
+
+    Returns whether anything was changed.
+    """
+    file = report.path / CONFIG_NAME
+    if not file.is_file():
+        return False
+    try:
+        config = read_json(file, "")
+    except LowbitError:
+        return False  # what cannot be read needs no mark
+    if report.ok:
+        if MARK in config:
+            write_json(file, real_config(report.path, config))
+        return MARK in config
+    write_json(file, marked_config(config, report.failed))
+    return True
+
+
+@contextmanager
+def _without_mark(path: Path) -> Iterator[Path]:
+    """Yields a folder that every loader takes for the checkpoint: of a marked one, a copy in links.
+
+    The mark itself stays until everything has passed; a run that is killed must not clear it.
+    """
+    if not path.is_dir() or MARK not in read_json(path / CONFIG_NAME, "a checkpoint has one"):
+        yield path
+        return
+    config = real_config(path, read_json(path / CONFIG_NAME, ""))
+    with tempfile.TemporaryDirectory(prefix="lowbit-verify-") as folder:
+        copy = Path(folder) / path.resolve().name
+        copy.mkdir()
+        for file in path.resolve().iterdir():
+            if file.name != CONFIG_NAME:
+                (copy / file.name).symlink_to(file)
+        write_json(copy / CONFIG_NAME, config)
+        yield copy
+
+
+def _named(report: Report, directory: Path, path: Path) -> Report:
+    """Returns `report` with the path that the user gave."""
+    checks = tuple(
+        Check(c.name, c.passed, c.detail.replace(str(directory), str(path))) for c in report.checks
+    )
+    return Report(path, report.layout, checks, report.measured)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """With what a checkpoint is compared."""
+
+    against: str
+    max_kl: float | None
+    text: str | None
+
+
+class _Verification:
+    """The checks of one checkpoint, in order."""
+
+    def __init__(
+        self,
+        directory: Path,
+        probe: bool,
+        model: nn.Module | None,
+        device: torch.device,
+        bar: RunProgress,
+    ) -> None:
+        self.directory, self.probe, self.model = directory, probe, model
+        self.device, self.bar = device, bar
+        self.checks = Checks()
+
+    def run(self) -> Report:
+        """Returns the report."""
+        config = self._config()
+        self.layout = layout_of(Checkpoint(self.directory, config, {}))
+        rest = ("hashes", "layout", "quantized", "tensors", "values", "weights", "probe")
+        if not self.checks.run("files", self._open):
+            self.checks.skip("the files do not hold together", *rest)
+            return self._report()
+        self.bar.stage("hashing", sum(e.end - e.begin for e in self.checkpoint.entries.values()))
+        self.digests, self.broken = self.checkpoint.scan(self.bar.advance)
+        if self.manifest is None:
+            self.checks.skip("no manifest of lowbit came with it", "hashes")
+        else:
+            self.checks.run("hashes", self._hashes)
+        if not self.checks.run("layout", self._layout):
+            self.checks.skip("the layout does not fit", *rest[2:])
+            return self._report()
+        self.checks.run("quantized", lambda: check_quantized(self.subject, self.view))
+        self._weights()
+        return self._report()
+
+    def _report(self) -> Report:
+        return Report(self.directory, self.layout.name, tuple(self.checks.rows))
+
+    def _config(self) -> dict[str, Any]:
+        """Returns the config of a finished checkpoint."""
+        if not self.directory.is_dir():
+            raise LowbitError(f"{self.directory}: no such folder; give that of a checkpoint")
+        config = read_json(self.directory / CONFIG_NAME, "a Hugging Face checkpoint has one")
+        quantization = config.get("quantization_config")
+        status = quantization.get("status") if isinstance(quantization, dict) else None
+        if status == IN_PROGRESS or (self.directory / JOURNAL_NAME).exists():
+            raise LowbitError(
+                f"{self.directory}: is unfinished; end its run with --resume, then verify it"
+            )
+        return config
+
+    def _open(self) -> str:
+        self.checkpoint = Checkpoint.open(self.directory)
+        self.manifest = read_manifest(self.directory)
+        return check_files(self.checkpoint, self.manifest)
+
+    def _hashes(self) -> str:
+        assert self.manifest is not None
+        return check_hashes(self.checkpoint, self.manifest, self.digests)
+
+    def _layout(self) -> str:
+        self.view = ModelView(self.checkpoint)
+        modules = self.layout.modules(self.checkpoint)
+        if not modules and self.layout.name != "bf16":
+            raise LowbitError(f"config.json says {self.layout.name}, but no tensor is quantized so")
+        for name, stored in modules.items():
+            shape = self.view.module(name).shape
+            if shape is not None and shape != stored.shape:
+                raise LowbitError(f"{name}: is {list(stored.shape)}, the model has {list(shape)}")
+        self.subject = Subject(self.checkpoint, self.layout, modules, self.manifest)
+        return f"{self.layout.name}, shapes and dtypes fit"
+
+    def _weights(self) -> None:
+        """Decodes every weight once, on its way through the probe where that is wanted."""
+        self.inspector = Inspector(self.subject)
+        found = self.checks.run("tensors", self._tensors)
+        outcome: list[Outcome] = []
+        probe = Checks()
+        if not self.probe:
+            probe.skip("it was not asked for", "probe")
+        elif not found:
+            probe.skip("the tensors do not make a model", "probe")
+        elif self.broken:
+            probe.skip("there are weights that are no numbers", "probe")
+        else:
+            probe.run("probe", lambda: self._probe(outcome))
+        self.inspector.look_at_the_rest()
+        self.checks.run("values", self._values)
+        if self.inspector.compared or self.inspector.changed:
+            self.checks.run("weights", self._unchanged)
+        else:
+            self.checks.skip("nothing recorded what was in memory", "weights")
+        self.checks.rows += probe.rows
+
+    def _tensors(self) -> str:
+        decoded = DecodedCheckpoint(self.subject, self.view, self.inspector)
+        # On a CPU, float32 is exact and as fast as anything; see `pipeline/source.py`.
+        self.reference = StreamedDecoder(decoded, torch.float32, self.device)
+        ignored = self.reference.ignored
+        return f"none missing{f'; not used: {listed(ignored)}' if ignored else ', none too many'}"
+
+    def _probe(self, outcome: list[Outcome]) -> str:
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        kernels, why = None, "16-bit weights"
+        if self.subject.modules:
+            try:
+                kernels = KernelDecoder(self.subject, dtype, self.device)
+            except LowbitError as error:
+                # What no kernel here runs is for engines, and not broken.
+                if self.layout.name == "lowbit":
+                    raise
+                why = f"not run on our kernels: {error}"
+        self.bar.stage("comparing", len(self.reference.layers))
+        found = run_probe(self.reference, kernels, self.inspector, self.bar)
+        outcome.append(found)
+        detail = f"{len(found.logits)} tokens, {why}; logits are numbers"
+        if found.difference is not None:
+            detail = (
+                f"{len(found.logits)} tokens, logits of kernels and of decoded weights differ by "
+                f"{found.difference:.1g} of their size, blocks by up to {found.worst:.1g}"
+            )
+        if self.model is not None:
+            ids = probe_ids(self.reference)
+            difference = compare_with_model(self.model, ids, found.logits)
+            detail += f"; those of the model in memory by {difference:.1g}"
+        return detail
+
+    def _values(self) -> str:
+        bad = [*not_finite(self.broken), *self.inspector.bad_values]
+        if bad:
+            raise LowbitError(bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""))
+        return "no NaN, no Inf, no scale of zero"
+
+    def _unchanged(self) -> str:
+        changed = self.inspector.changed
+        if changed:
+            raise LowbitError(
+                f"{listed(changed)}: decode to other weights than were in memory when they were "
+                "written"
+            )
+        return f"{self.inspector.compared} decode to what was in memory when they were written"
+
+
+def _compared(
+    report: Report, comparison: _Comparison, path: str, device: torch.device, bar: RunProgress
+) -> Report:
+    """Returns `report` with a row for the divergence from an original."""
+    from lowbit.verification.divergence import judge, measure_divergence
+
+    checks = Checks(list(report.checks))
+    if not report.ok:
+        checks.skip("other checks failed", "divergence")
+        return Report(report.path, report.layout, tuple(checks.rows))
+    measured = measure_divergence(path, comparison.against, comparison.text, device, bar)
+    checks.run("divergence", lambda: judge(measured, comparison.max_kl))
+    record = {"against": comparison.against, **measured.to_dict(), "max_kl": comparison.max_kl}
+    return Report(report.path, report.layout, tuple(checks.rows), record)
+
+
+def _verify_gguf(path: Path) -> Report:
+    """Returns the report of a GGUF file."""
+    gguf: Any = importlib.import_module("lowbit.formats.gguf")
+    checks = tuple(Check(name, passed, detail) for name, passed, detail in gguf.verify_file(path))
+    return Report(path, "gguf", checks)
