@@ -47,7 +47,7 @@ from scripts.peers.environments import Ready, prepare
 from scripts.peers.llama_cpp import importance
 from scripts.peers.outliers import FACTOR, READERS, add_outliers, write_outlier_model
 from scripts.peers.summary import draw, rows_of, sentence, verdicts
-from scripts.readme_tables import peers
+from scripts.tables.peers import peers
 
 SEQLEN = 16
 

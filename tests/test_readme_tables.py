@@ -8,7 +8,8 @@ import pytest
 
 from lowbit.errors import LowbitError
 from scripts.provenance import RESULTS
-from scripts.readme_tables import markdown_table, pages, render
+from scripts.readme_tables import pages, render
+from scripts.tables.markdown import markdown_table
 
 PAGE = "before\n<!-- table:quality -->\nold\n<!-- /table:quality -->\nafter\n"
 
