@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.reader import SAFETENSORS_DTYPES
 from lowbit.formats.base import Layout, StoredAs
+from lowbit.formats.model_view import ModelView
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
 from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.table import layout_of
 from lowbit.hf.loading import check_loaded
 from lowbit.models.foreign import one_sentence
+from lowbit.models.sources import require_shapes
 from lowbit.models.streaming import model_config
 
 
@@ -51,6 +53,9 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     layout = layout_of(checkpoint)
     if isinstance(layout, (Lowbit, Bf16)):
+        view = ModelView(checkpoint)
+        stored = [view.module(name).name for name in layout.modules(checkpoint)]
+        require_shapes(view.model, checkpoint, stored)
         with one_sentence(where, "model"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path, use_safetensors=True, trust_remote_code=False, **options

@@ -13,6 +13,7 @@ from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.model_view import CONV1D, EMBEDDING, LINEAR, OTHER, ModelView, ModuleView
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.table import layout_named, layout_of
+from lowbit.models.sources import require_shapes
 from lowbit.scheme import Scheme
 
 # Of a long list, so many names are shown.
@@ -91,6 +92,7 @@ def plan_conversion(checkpoint: Checkpoint, to: str, requantize: bool) -> Conver
     view = ModelView(checkpoint)
     views = {name: view.module(name) for name in modules}
     _require_fit(checkpoint, modules, views)
+    require_shapes(view.model, checkpoint, [each.name for each in views.values()])
     targets = {
         name: _target(name, stored, views[name], target, requantize)
         for name, stored in modules.items()

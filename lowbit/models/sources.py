@@ -7,6 +7,7 @@ it; unlike there, a tensor that finds no place is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,6 +86,50 @@ def parameter_sources(
     return known, sorted(ignored)
 
 
+def require_shapes(
+    model: PreTrainedModel, checkpoint: Checkpoint, quantized: Iterable[str] = ()
+) -> None:
+    """Refuses a checkpoint that lacks a parameter, or has one of another shape.
+
+    transformers makes up what is missing, in the size that config.json says, before it tells; so
+    this is asked first, and no more is allocated than there are weights.
+
+    Args:
+        model: on meta, its modules not quantized yet.
+        checkpoint: whose tensors it is to get.
+        quantized: names in the model of modules, or of parameters, that are stored otherwise.
+
+    Raises:
+        LowbitError: naming the first tensor.
+    """
+    found = map_sources(model, checkpoint.entries.values())
+    other = {*quantized, *(f"{name}.weight" for name in quantized)}
+    other |= dict(getattr(model, "all_tied_weights_keys", None) or {}).keys()
+    optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    for name, parameter in model.state_dict().items():
+        source = found.get(name)
+        if name in other or (source is None and any(p.search(name) for p in optional)):
+            continue
+        if source is None:
+            raise LowbitError(f"{checkpoint.path}: tensor {name!r} is missing; {MISMATCH}")
+        held = sum(math.prod(entry.shape) for entry in source.entries)
+        entry = source.entries[0]
+        if source.converted and held < parameter.numel():
+            raise LowbitError(
+                f"{checkpoint.path}: tensors like {entry.name!r} have {held} weights, but "
+                f"config.json needs {parameter.numel()}; {MISMATCH}"
+            )
+        if not source.converted and entry.shape != tuple(parameter.shape):
+            raise LowbitError(_other_shape(checkpoint, entry, parameter))
+
+
+def _other_shape(checkpoint: Checkpoint, entry: TensorEntry, parameter: torch.Tensor) -> str:
+    return (
+        f"{checkpoint.path}: tensor {entry.name!r} has the shape {list(entry.shape)}, but "
+        f"config.json needs {list(parameter.shape)}; {MISMATCH}"
+    )
+
+
 def _settle_tie(found: dict[str, Source], copy: str, original: str, checkpoint: Checkpoint) -> None:
     """Accepts a checkpoint that stores a tied weight under either name, or twice alike."""
     if copy not in found:
@@ -108,10 +153,7 @@ def _check_fit(checkpoint: Checkpoint, source: Source, parameter: torch.Tensor) 
             "floats; weights that another tool quantized cannot be quantized again"
         )
     if not source.converted and entry.shape != tuple(parameter.shape):
-        raise LowbitError(
-            f"{checkpoint.path}: tensor {entry.name!r} is {list(entry.shape)}, but config.json "
-            f"needs {list(parameter.shape)}; {MISMATCH}"
-        )
+        raise LowbitError(_other_shape(checkpoint, entry, parameter))
 
 
 def _require_harmless(

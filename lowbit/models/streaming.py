@@ -36,9 +36,8 @@ from lowbit.models.layers import find_decoder_layers
 from lowbit.models.sources import Source, parameter_sources
 from lowbit.nn.replace import module_name
 
-
-# Tables of a model beyond the size of its weights.
-MAX_BUFFER_BYTES = 1 << 27
+# What tables of a model may take beyond the size of its weights.
+MAX_TABLE_BYTES = 1 << 27
 
 
 @dataclass
@@ -313,27 +312,29 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 f"{checkpoint.path}: config.json says {depth} blocks, but there are only "
                 f"{len(checkpoint.entries)} tensors; they do not belong together"
             )
-        _require_small_buffers(checkpoint, config)
+        _require_room(checkpoint, config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
     return model.eval()
 
 
-def _require_small_buffers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Refuses a config whose tables (rotary frequencies, masks) outgrow the checkpoint.
+def _require_room(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Refuses a config whose model outgrows the checkpoint, before anything is allocated for it.
 
-    They are in no file, so nothing but a number in config.json says how large they are; GPT-2's
-    mask is the square of one.
+    No scheme stores a weight in less than a bit. Tables (rotary frequencies, masks) are in no file,
+    so nothing but a number in config.json says how large they are; GPT-2's mask is its square.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    needed = sum(buffer.nbytes for buffer in model.buffers())
     stored = sum(entry.end - entry.begin for entry in checkpoint.entries.values())
-    if needed > MAX_BUFFER_BYTES + stored:
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    tables = sum(buffer.nbytes for buffer in model.buffers())
+    if weights > 8 * stored or tables > MAX_TABLE_BYTES + stored:
         raise LowbitError(
-            f"{checkpoint.path}: the tables of the model that config.json describes take "
-            f"{needed / 1e9:.1f} GB, all weights {stored / 1e9:.1f} GB; they do not belong together"
+            f"{checkpoint.path}: config.json describes a model of {weights:.3g} weights and tables "
+            f"of {tables / 1e9:.3g} GB, but the files have {stored / 1e9:.3g} GB; they do not "
+            "belong together"
         )
 
 
