@@ -40,13 +40,14 @@ class ModelView:
 
     Args:
         checkpoint: of any layout.
+        dtype: of the model.
 
     Raises:
         LowbitError: if the config names no known model.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model: PreTrainedModel = meta_model(checkpoint, torch.bfloat16)
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.model: PreTrainedModel = meta_model(checkpoint, dtype)
         self.head = module_name(self.model, self.model.get_output_embeddings())
         self.embedding = module_name(self.model, self.model.get_input_embeddings())
         mapping = get_model_conversion_mapping(self.model)

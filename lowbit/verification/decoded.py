@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowbit.checkpoint import Checkpoint, TensorEntry
 from lowbit.checkpoint.computed import ComputedEntry
@@ -20,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats.model_view import CONV1D, ModelView
 from lowbit.formats.own import Lowbit
 from lowbit.formats.reading import read_module
+from lowbit.models.streaming import StreamedDecoder
 from lowbit.quant import QuantizedWeight, weight_checksum
 from lowbit.verification.stored import Subject
 
@@ -135,6 +137,17 @@ class DecodedCheckpoint(Checkpoint):
                 entries[name] = entry
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         super().__init__(checkpoint.path, config, entries)
+
+
+class DecodedDecoder(StreamedDecoder):
+    """The decoded checkpoint in the stock layers of the model that `view` has made already."""
+
+    def __init__(self, decoded: DecodedCheckpoint, view: ModelView, device: torch.device) -> None:
+        self._view = view
+        super().__init__(decoded, torch.float32, device)
+
+    def _empty_model(self) -> PreTrainedModel:
+        return self._view.model
 
 
 def _entry(

@@ -20,9 +20,8 @@ from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats.model_view import ModelView
 from lowbit.formats.table import layout_of
-from lowbit.models.streaming import StreamedDecoder
 from lowbit.progress import RunProgress
-from lowbit.verification.decoded import DecodedCheckpoint, Inspector
+from lowbit.verification.decoded import DecodedCheckpoint, DecodedDecoder, Inspector
 from lowbit.verification.kernels import KernelDecoder
 from lowbit.verification.probe import Outcome, compare_with_model, probe_ids, run_probe
 from lowbit.verification.report import Check, Checks, Report, listed
@@ -230,7 +229,8 @@ class _Verification:
         return check_hashes(self.checkpoint, self.manifest, self.digests)
 
     def _layout(self) -> str:
-        self.view = ModelView(self.checkpoint)
+        # On a CPU, float32 is exact and as fast as anything; see `pipeline/source.py`.
+        self.view = ModelView(self.checkpoint, torch.float32)
         modules = self.layout.modules(self.checkpoint)
         if not modules and self.layout.name != "bf16":
             raise LowbitError(f"config.json says {self.layout.name}, but no tensor is quantized so")
@@ -265,8 +265,7 @@ class _Verification:
 
     def _tensors(self) -> str:
         decoded = DecodedCheckpoint(self.subject, self.view, self.inspector)
-        # On a CPU, float32 is exact and as fast as anything; see `pipeline/source.py`.
-        self.reference = StreamedDecoder(decoded, torch.float32, self.device)
+        self.reference = DecodedDecoder(decoded, self.view, self.device)
         ignored = self.reference.ignored
         return f"none missing{f'; not used: {listed(ignored)}' if ignored else ', none too many'}"
 
