@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.formats import awq, gptq
 from lowbit.formats.base import Layout, StoredAs, Written
 from lowbit.formats.compressed_tensors import HEAD
 from lowbit.formats.gguf.layout import Gguf
@@ -16,6 +17,13 @@ from lowbit.formats.table import layout_named, layout_of
 from lowbit.models.sources import require_shapes
 from lowbit.scheme import Scheme
 
+# What the layouts write that do not have our own tensors.
+SUFFIXES: dict[str, Iterable[str]] = {
+    "gptq": gptq.SUFFIXES,
+    "gptq_v2": gptq.SUFFIXES,
+    "awq": awq.SUFFIXES,
+    "bnb": ("weight", "weight.absmax", "weight.quant_map"),
+}
 # Of a long list, so many names are shown.
 SHOWN = 3
 
@@ -98,6 +106,7 @@ def plan_conversion(checkpoint: Checkpoint, to: str, requantize: bool) -> Conver
         for name, stored in modules.items()
     }
     _refuse(checkpoint, target, targets, modules, views)
+    _require_single(checkpoint, target, targets, modules)
     written = _written(checkpoint, target, targets, modules, view)
     if written.schemes:
         target.config(written)  # refuses mixtures that it has no words for
@@ -202,6 +211,30 @@ def _refuse(
     raise LowbitError(
         f"{checkpoint.path}: {target.name} cannot hold {count} ({names}): {reason}; {fix}"
     )
+
+
+def _require_single(
+    checkpoint: Checkpoint,
+    target: Layout,
+    targets: Mapping[str, Target],
+    modules: Mapping[str, StoredAs],
+) -> None:
+    """Refuses a tensor that belongs to no module and has a name that one will be written under."""
+    for name, stored in modules.items():
+        scheme = targets[name].scheme
+        suffixes: Iterable[str] = ("weight",)
+        if scheme is not None and target.name in SUFFIXES:
+            suffixes = SUFFIXES[target.name]
+        elif scheme is not None:
+            suffixes = ("weight", *scheme.tensor_specs(stored.shape))
+        for suffix in suffixes:
+            entry = checkpoint.entries.get(f"{name}.{suffix}")
+            # A tensor of no elements is the mark of our own checkpoints.
+            if entry is not None and entry.name not in stored.tensors and all(entry.shape):
+                raise LowbitError(
+                    f"{entry.file}: tensor {entry.name!r} is stored beside the quantized {name}, "
+                    "and only one of them can be meant; remove the one that is stale"
+                )
 
 
 def _written(
