@@ -14,7 +14,17 @@ from tiny_models import tiny_config
 
 from lowbit.engines import ENGINES, engine_named, findings
 from lowbit.engines.choice import Target
-from lowbit.engines.limits import ATTRIBUTES, DATA, MORE, STRUCTURAL, Limit, engines
+from lowbit.engines.limits import (
+    ATTRIBUTES,
+    DATA,
+    MORE,
+    REFUSED,
+    SAID,
+    STRUCTURAL,
+    UNKNOWN,
+    Limit,
+    engines,
+)
 from lowbit.engines.linter import CHECKS, Checkpoint, examine, listed
 from lowbit.engines.weights import Model, Weight, model_of
 from lowbit.errors import LowbitError
@@ -49,7 +59,7 @@ def test_the_file_is_what_its_reader_says() -> None:
     known = {*LAYOUTS, "gguf"}
     for name, fields in data["engines"].items():
         assert set(fields) == {
-            "version", "hardware", "serve", "writes", "limits", "formats", "refused",
+            "version", "hardware", "serve", "parallel", "writes", "limits", "formats", "refused",
         }  # fmt: skip
         assert "{path}" in fields["serve"]
         assert fields["writes"]
@@ -147,6 +157,8 @@ def breaking(limit: Limit) -> tuple[list[Weight], Model, int]:
         odd = {"bits": 8 if base["bits"] == 4 else 4}
         both = [weight("q_proj", None, base), weight("k_proj", None, base | odd)]
         return both, model, 1
+    if limit.kind == "scales":
+        return [weight("q_proj", None, base)], dataclasses.replace(model, dtype="float32"), 1
     if limit.kind == "note":
         return [weight("q_proj", None, base)], model, gpus
     return [weight("q_proj", None, base | {limit.kind: wrong(limit.kind, limit.value)})], model, 1
@@ -158,9 +170,9 @@ def test_every_limit_can_fire(engine: str, layout: str, limit: Limit) -> None:
     alone = dataclasses.replace(engine_named(engine), formats={layout: (limit,)})
     given = Checkpoint(layout, tuple(weights), model)
     verdict = examine(alone, given, gpus)
-    told = verdict.findings if limit.known else verdict.unknown
+    told = {REFUSED: verdict.findings, UNKNOWN: verdict.unknown, SAID: verdict.said}[limit.then]
     assert any(limit.reason.because in s or str(limit.value) in s for s in told), verdict
-    assert not (verdict.unknown if limit.known and gpus == 1 else ())
+    assert sum(map(len, (verdict.findings, verdict.unknown, verdict.said))) == len(told)
 
 
 @pytest.mark.parametrize(

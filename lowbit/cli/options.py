@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowbit.errors import LowbitError
+
 Model = Annotated[str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")]
 Output = Annotated[Path, typer.Argument(help="Folder to write; new or empty.")]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
@@ -27,3 +29,29 @@ Stats = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        help="What will serve it: vllm, sglang, llama.cpp, transformers or tensorrt-llm. What it "
+        "would refuse is refused first, and the output is in the format it serves best.",
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", metavar="N", help="With --for: GPUs that divide every layer.")
+]
+
+
+def require_engine(engine: str | None, tensor_parallel: int) -> None:
+    """Refuses an unknown engine, and GPUs without one, before anything else is looked at.
+
+    Raises:
+        LowbitError: naming the engines.
+    """
+    from lowbit.engines import engine_named
+
+    if engine is not None:
+        engine_named(engine)
+    elif tensor_parallel != 1:
+        raise LowbitError("--tp is for an engine; name it too, for example --for vllm --tp 2")

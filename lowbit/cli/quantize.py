@@ -14,6 +14,7 @@ from rich.table import Table
 from lowbit.cli.allocation import allocation_of, print_allocation
 from lowbit.cli.options import (
     Device,
+    Engine,
     LossMask,
     Model,
     OptionalCalibration,
@@ -23,7 +24,9 @@ from lowbit.cli.options import (
     Seed,
     Seqlen,
     Stats,
+    TensorParallel,
     TextField,
+    require_engine,
 )
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError, unknown_name
@@ -35,9 +38,12 @@ if TYPE_CHECKING:
 def quantize_command(
     model: Model,
     output: Output,
-    scheme: Annotated[str, typer.Option(help="For example W4A16_G64, W3A16_ASYM_G64, NF4_DQ.")] = (
-        "W4A16_G64"
-    ),
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="For example W4A16_G64 (the default), W3A16_ASYM_G64, NF4_DQ.",
+        ),
+    ] = None,
     quality: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +100,8 @@ def quantize_command(
     ] = None,
     quantize_lm_head: Annotated[bool, typer.Option(help="Also the output projection.")] = False,
     quantize_embeddings: Annotated[bool, typer.Option(help="Also the embedding.")] = False,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
     device: Device = None,
     resume: Resume = False,
     json_output: Annotated[
@@ -103,9 +111,13 @@ def quantize_command(
     """Quantize a checkpoint, one decoder block in memory at a time.
 
     Example: lowbit quantize ./llama ./llama-w4 --scheme W4A16_G64 --calibration text.txt
+
+    Example: lowbit quantize ./llama ./llama-w4 --for vllm --tp 2 --calibration text.txt
     """
+    from lowbit.engines import engine_named
     from lowbit.pipeline import quantize
 
+    require_engine(engine, tp)
     chosen, quality, method = _method(
         algorithm, quality, option or [], calibration is not None, stats is not None
     )
@@ -131,9 +143,16 @@ def quantize_command(
             modules_to_not_convert=tuple(keep or ()),
             quantize_lm_head=quantize_lm_head,
             quantize_embeddings=quantize_embeddings,
+            engine=engine,
+            tensor_parallel=tp,
             resume=resume,
         )
-    summary, allocation = result.manifest["summary"], result.manifest.get("allocation")
+    # For an engine, the run that chose the codes is inside of the manifest of the conversion.
+    chosen_by = result.manifest.get("quantized", result.manifest)
+    summary = {**chosen_by["summary"], **result.manifest["summary"]}
+    allocation = chosen_by.get("allocation")
+    if engine is not None:
+        summary["serve"] = engine_named(engine).command(result.path, tp)
     if json_output:
         shown = {"path": str(result.path), "method": method, **summary}
         shown |= {"allocation": allocation} if allocation else {}
@@ -231,6 +250,9 @@ def _print_summary(path: Path, method: str, summary: dict[str, Any]) -> None:
     table.add_row("schemes", ", ".join(summary["schemes"]))
     table.add_row("quantized weights", f"{summary['quantized_weights']:,}")
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (scales included)")
+    for key, title in (("format", "format"), ("serve", "serve it")):
+        if key in summary:
+            table.add_row(title, summary[key])
     for name, reason in summary["fallbacks"].items():
         table.add_row("[yellow]fell back[/]", f"{name}: {reason}")
     screen().print(table)

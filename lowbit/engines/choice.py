@@ -13,7 +13,7 @@ from lowbit.engines.weights import EMBEDDING
 from lowbit.errors import LowbitError
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.table import LAYOUTS, layout_named
-from lowbit.scheme import INTEGER_BITS, Scheme
+from lowbit.scheme import INTEGER_BITS, SCALE_DTYPES, Scheme
 
 # Of many reasons, so many are given.
 SHOWN = 2
@@ -99,13 +99,20 @@ class Target:
         target = layout_named(layout)
         unheld = tuple(_unheld(given, layout))
         if unheld:
-            return Verdict(unheld, ())
+            return Verdict(unheld)
         weights = tuple(
             w if w.scheme is None else dataclasses.replace(w, scheme=target.held_as(w.scheme))
             for w in given.weights
         )
         held = dataclasses.replace(given, layout=layout, weights=weights)
         return examine(self.engine, held, self.tensor_parallel)
+
+    def scheme(self, wanted: Scheme, given: Checkpoint) -> Scheme:
+        """Returns `wanted`, its scales in the dtype of the model where the engine casts them."""
+        names = {str(dtype).removeprefix("torch."): name for name, dtype in SCALE_DTYPES.items()}
+        cast = any(limit.kind == "scales" for limit in self.engine.formats[self.layouts[0]])
+        name = names.get(given.model.dtype or "")
+        return dataclasses.replace(wanted, scale_dtype=name) if cast and name else wanted
 
     def shown(self, reasons: Sequence[str]) -> str:
         """Returns reasons for a sentence, only the first of many."""

@@ -4,8 +4,9 @@
              first; limits of all formats; format -> its limits; format -> why it is not read
 
 A limit is a kind, a value, the weights it is about (`when`: attribute -> values), a reason, where
-that was read and when. `known: false` marks what was not found out: nothing is refused for it, and
-the user is told. New limits of these kinds are data; a new kind is a function in `linter.py`.
+that was read and when. What is beyond it is refused; where `then` is `unknown`, it was not found
+out what happens and the user is told; where it is `said`, it is served, but not as one would think.
+New limits of these kinds are data; a new kind is a function in `linter.py`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ STRUCTURAL = (
     "tile",
     "fused",
     "zero_points",
+    "scales",
     "note",
 )
+REFUSED, UNKNOWN, SAID = "refused", "unknown", "said"
 MORE = "more"  # of `tensor_parallel`: more than one GPU
 
 
@@ -73,14 +76,14 @@ class Limit:
         value: JSON.
         reason: why.
         when: attribute -> values of the weights that it is about.
-        known: False: what happens beyond it was not found out.
+        then: REFUSED, UNKNOWN or SAID: what becomes of what is beyond it.
     """
 
     kind: str
     value: Any
     reason: Reason
     when: Mapping[str, Any] = field(default_factory=dict)
-    known: bool = True
+    then: str = REFUSED
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Engine:
         name: of the command line.
         version: that was looked at.
         hardware: what its limits hold on.
-        serve: its command, with `{path}` and `{tp}`.
+        serve: its command, with `{path}`.
+        parallel: what its command has for several GPUs, with `{tp}`; empty for nothing.
         writes: formats that lowbit writes for it, best first.
         formats: format -> limits, those of all formats among them.
         refused: format -> why it is not read.
@@ -101,12 +105,20 @@ class Engine:
     version: str
     hardware: str
     serve: str
+    parallel: str
     writes: tuple[str, ...]
     formats: Mapping[str, tuple[Limit, ...]]
     refused: Mapping[str, Reason]
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+    def command(self, path: str | Path, tensor_parallel: int = 1) -> str:
+        """Returns the command by which it serves a checkpoint."""
+        parts = [self.serve.format(path=path)]
+        if tensor_parallel > 1 and self.parallel:
+            parts.append(self.parallel.format(tp=tensor_parallel))
+        return " ".join(parts)
 
 
 def engine_named(name: str) -> Engine:
@@ -135,6 +147,7 @@ def _engine(name: str, fields: Mapping[str, Any]) -> Engine:
         version=fields["version"],
         hardware=fields["hardware"],
         serve=fields["serve"],
+        parallel=fields["parallel"],
         writes=tuple(fields["writes"]),
         formats={
             layout: common + tuple(_limit(limit) for limit in own["limits"])
@@ -150,7 +163,7 @@ def _limit(fields: Mapping[str, Any]) -> Limit:
         value=fields["value"],
         reason=_reason(fields),
         when=fields.get("when", {}),
-        known=fields.get("known", True),
+        then=fields.get("then", REFUSED),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.allocation.fusion import fusion_groups
-from lowbit.engines.limits import ATTRIBUTES, MORE, Engine, Limit
+from lowbit.engines.limits import ATTRIBUTES, MORE, REFUSED, SAID, UNKNOWN, Engine, Limit
 from lowbit.engines.weights import COLUMN, LINEAR, ROW, Model, Weight, model_of
 from lowbit.errors import LowbitError
 from lowbit.scheme import Scheme
@@ -28,11 +28,13 @@ class Verdict:
     Args:
         findings: why it does not serve it, a sentence each; empty: it does.
         unknown: what was not found out, a sentence each.
+        said: what is served otherwise than one would think, a sentence each.
         modules: the modules that a finding is about.
     """
 
     findings: tuple[str, ...]
-    unknown: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
 
 
@@ -109,21 +111,19 @@ def examine(engine: Engine, given: Checkpoint, tensor_parallel: int = 1) -> Verd
     if limits is None:
         refused = engine.refused.get(given.layout)
         reason = refused.because if refused else "nothing is known of it there"
-        return Verdict((f"{engine} does not serve {given.layout}: {reason}",), ())
-    findings: list[str] = []
-    unknown: list[str] = []
+        return Verdict((f"{engine} does not serve {given.layout}: {reason}",))
+    found: dict[str, list[str]] = {REFUSED: [], UNKNOWN: [], SAID: []}
     modules: set[str] = set()
     for limit in limits:
         for breach in _breaches(limit, given, tensor_parallel):
-            sentence = _sentence(engine, given, limit, breach)
-            if limit.known:
-                findings.append(sentence)
+            found[limit.then].append(_sentence(engine, given, limit, breach))
+            if limit.then == REFUSED:
                 modules.update(breach.names)
-            else:
-                unknown.append(sentence)
     if tensor_parallel > 1:
-        unknown += _unknown_cuts(engine, given)
-    return Verdict(tuple(findings), tuple(unknown), frozenset(modules))
+        found[UNKNOWN] += _unknown_cuts(engine, given)
+    return Verdict(
+        tuple(found[REFUSED]), tuple(found[UNKNOWN]), tuple(found[SAID]), frozenset(modules)
+    )
 
 
 def _sentence(engine: Engine, given: Checkpoint, limit: Limit, breach: Breach) -> str:
@@ -131,9 +131,10 @@ def _sentence(engine: Engine, given: Checkpoint, limit: Limit, breach: Breach) -
     if limit.kind == "note":
         return f"{where}: {limit.value}"
     got = f"{listed(breach.names)} {breach.got}" if breach.names else breach.got
-    if not limit.known:
+    if limit.then == UNKNOWN:
         return f"{where}: not known whether it serves this: {got}; {limit.reason.because}"
-    return f"{where}: {got}, but {limit.reason.because}"
+    joint = "but" if limit.then == REFUSED else "and"
+    return f"{where}: {got}, {joint} {limit.reason.because}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -292,6 +293,16 @@ def _zero_points(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int
                 yield weight.name, "have zero points, other layers another scheme"
 
 
+def _scales(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int) -> Found:
+    """Scales have the dtype of the model."""
+    dtype = given.model.dtype
+    for weight in weights:
+        assert weight.scheme is not None
+        own = str(weight.scheme.torch_scale_dtype).removeprefix("torch.")
+        if dtype is not None and own != dtype:
+            yield weight.name, f"have scales in {own}, the model is {dtype}"
+
+
 def _gpus(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int) -> Found:
     """So many GPUs are possible."""
     if tp not in limit.value:
@@ -306,6 +317,7 @@ CHECKS: dict[str, Check] = {
     "tile": _tile,
     "fused": _fused,
     "zero_points": _zero_points,
+    "scales": _scales,
     "tensor_parallel": _gpus,
 }
 

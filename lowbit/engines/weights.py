@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowbit.scheme import Scheme
@@ -110,6 +110,7 @@ class Model:
         heads: attention heads, None if the config names none.
         kv_heads: key-value heads, likewise.
         experts: module that fuses experts -> (their intermediate size, the hidden size).
+        dtype: of the weights that are not quantized, "bfloat16" for example; None if not named.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -118,6 +119,7 @@ class Model:
     heads: int | None = None
     kv_heads: int | None = None
     experts: Mapping[str, tuple[int, int]] | None = None
+    dtype: str | None = None
 
     def kind(self, name: str) -> str:
         """Returns the kind of a module."""
@@ -149,6 +151,7 @@ def _model_of(text: str) -> Model:
 
     fields = json.loads(text)
     heads, kv_heads = _heads(fields)
+    dtype = dtype_of(fields)
     try:
         with one_sentence("config.json", "model"):
             config = AutoConfig.for_model(**fields)
@@ -157,8 +160,8 @@ def _model_of(text: str) -> Model:
                     config, dtype=torch.bfloat16, trust_remote_code=False
                 )
     except LowbitError:
-        return Model({}, heads=heads, kv_heads=kv_heads)
-    return described(model)
+        return Model({}, heads=heads, kv_heads=kv_heads, dtype=dtype)
+    return replace(described(model), dtype=dtype)
 
 
 def described(model: PreTrainedModel) -> Model:
@@ -186,6 +189,16 @@ def described(model: PreTrainedModel) -> Model:
         *_heads(model.config.to_dict()),
         experts,
     )
+
+
+def dtype_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the dtype that a `config.json` names, None if it names none."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        found = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ from lowbit.allocation.allocate import Allocation
 from lowbit.calibration.coverage import warn_of_few_tokens
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import threads_of_run
+from lowbit.engines.choice import Target
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device
@@ -19,6 +20,7 @@ from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.allocation import choose_schemes, make_allocation
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
+from lowbit.pipeline.serving import DEFAULT_SCHEME, Serving
 from lowbit.pipeline.source import (
     calibration_tokens,
     check_places,
@@ -35,7 +37,7 @@ def quantize(
     model: str | Path | Checkpoint,
     output: str | Path,
     *,
-    scheme: str | Scheme = "W4A16_G64",
+    scheme: str | Scheme | None = None,
     algorithm: str | Algorithm | None = None,
     quality: str | Recipe | None = None,
     calibration: str | Path | None = None,
@@ -53,6 +55,8 @@ def quantize(
     modules_to_not_convert: tuple[str, ...] = (),
     quantize_lm_head: bool = False,
     quantize_embeddings: bool = False,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
     resume: bool = False,
     progress: bool = True,
 ) -> QuantizedCheckpoint:
@@ -62,7 +66,8 @@ def quantize(
         model: directory of a Hugging Face decoder in safetensors, the name of one on the hub, or a
             checkpoint whose tensors are computed as they are asked for (see `lowbit.merging`).
         output: directory to write, new or empty.
-        scheme: for every linear layer of the decoder blocks, for example "W4A16_G64".
+        scheme: for every linear layer of the decoder blocks; None for "W4A16_G64", or the scheme
+            nearest to it that `engine` serves.
         algorithm: "gptq" (where neither it nor `quality` is given), "rtn", "awq" (folds, then
             rounds to nearest), "awq+gptq", or an instance with options, for example
             `GPTQ(act_order=False)`; nothing else is done then.
@@ -87,16 +92,20 @@ def quantize(
         modules_to_not_convert: names of modules left in 16 bits.
         quantize_lm_head: also the output projection.
         quantize_embeddings: also the input embedding (and a head tied to it), without data.
+        engine: of `lowbit.engines.ENGINES`; what it would refuse is refused before any work, and
+            the output is in the format that it serves best. None for our own format.
+        tensor_parallel: GPUs among which it divides every layer.
         resume: go on with the unfinished run in `output`.
         progress: show a progress bar on standard error.
 
     Raises:
         LowbitError: bad input; nothing has been written unless the message says so.
     """
+    target = None if engine is None else Target.named(engine, tensor_parallel)
     recipe = make_recipe(algorithm, quality)
     allocation = make_allocation(allocation, target_bits, target_size, calibration is not None)
     config = LowbitConfig(
-        scheme=scheme,
+        scheme=DEFAULT_SCHEME if scheme is None else scheme,
         dynamic=dynamic,
         modules_to_not_convert=modules_to_not_convert,
         quantize_lm_head=quantize_lm_head,
@@ -129,11 +138,16 @@ def quantize(
         )
     if config.needs_activation_scales and not has_data:
         raise LowbitError(
-            f"scheme {scheme}: a stored scale of activations needs calibration data; give a text, "
-            "JSONL or token file, or use W8A8, which computes a scale per token"
+            f"scheme {config.scheme}: a stored scale of activations needs calibration data; give a "
+            "text, JSONL or token file, or use W8A8, which computes a scale per token"
         )
     dtype = compute_dtype(checkpoint, where, calibration is not None)
     decoder = StreamedDecoder(checkpoint, dtype, where)
+    serving = Serving(target, decoder, fixed=scheme is not None)
+    if allocation is None:
+        config = serving.fitted(config)
+    else:
+        allocation = serving.allowed(allocation, config)
     tokens = None
     if calibration is not None:
         tokens = calibration_tokens(
@@ -145,6 +159,7 @@ def quantize(
             allocated = choose_schemes(
                 allocation, config, decoder, tokens, recipe.algorithm, progress
             )
+    layout = serving.layout(config)
     selected = select_modules(decoder.model, config.selection())
     widths = linear_widths(decoder, selected)
     if stored is not None:
@@ -154,4 +169,4 @@ def quantize(
         warn_of_few_tokens(counted if stored is None else stored.summary()["tokens"], widths)
     plan = Plan(decoder, selected, recipe, tokens, config, directory, stored, allocated)
     with threads_of_run(directory):
-        return plan.execute(resume, progress)
+        return serving.execute(plan, layout, resume, progress)

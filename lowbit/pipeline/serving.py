@@ -1,0 +1,205 @@
+"""A quantized checkpoint for an engine: what it would refuse is refused first, and its format last.
+
+    schemes fit the engine? -> quantize into OUT.quantized -> convert to the engine's format: OUT
+
+Nothing of quantizing or converting is done differently, so both steps check, resume and report as
+they do alone. The folder beside the output is removed when the output is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit.allocation.allocate import OPTIONS, Allocation
+from lowbit.checkpoint import write_json
+from lowbit.checkpoint.journal import JOURNAL_NAME, MANIFEST_NAME, stored_run
+from lowbit.engines.choice import Target, with_scheme
+from lowbit.engines.linter import Checkpoint as Given
+from lowbit.engines.weights import described, dtype_of
+from lowbit.errors import LowbitError
+from lowbit.formats.own import Lowbit
+from lowbit.hf.config import LowbitConfig
+from lowbit.models.selection import select_modules
+from lowbit.models.streaming import StreamedDecoder
+from lowbit.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
+
+DEFAULT_SCHEME = "W4A16_G64"
+# Of the folder beside the output.
+STAGING = ".quantized"
+# In the manifest of the output: that of the run that chose its codes.
+QUANTIZED = "quantized"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A run for an engine, or for none.
+
+    Args:
+        target: None for a checkpoint in our own format.
+        decoder: the model.
+        fixed: the user named the scheme, so it is not replaced by one that does.
+    """
+
+    target: Target | None
+    decoder: StreamedDecoder
+    fixed: bool = True
+
+    def fitted(self, config: LowbitConfig) -> LowbitConfig:
+        """Returns `config`, its scheme replaced where nobody chose it and the engine refuses it.
+
+        Raises:
+            LowbitError: if the engine would not serve the result, with what would do.
+        """
+        if self.target is None:
+            return config
+        given = self._given(config)
+        if not self.fixed and not config.dynamic:
+            return self._chosen(config, given)
+        self.target.serve(given)
+        return config
+
+    def _chosen(self, config: LowbitConfig, given: Given) -> LowbitConfig:
+        """Returns `config` with the scheme nearest to its own that is served as it is."""
+        assert self.target is not None
+        usual = Scheme.parse(config.scheme)
+        scheme = self.target.scheme(usual, given)
+        if scheme != usual:
+            warnings.warn(
+                f"{self.target}: the scheme is {scheme}, for the engine casts scales to the dtype "
+                f"of the model ({given.model.dtype})",
+                stacklevel=4,
+            )
+        given, layout = with_scheme(given, scheme), self.target.layouts[0]
+        reasons = self.target.verdict(given, layout).findings
+        nearest = self.target.nearest(given, layout) if reasons else scheme
+        if nearest is None:
+            self.target.serve(given)
+        elif reasons:
+            warnings.warn(
+                f"{self.target}: the scheme is {nearest}, for {scheme} would be refused "
+                f"({self.target.shown(reasons)})",
+                stacklevel=4,
+            )
+        return _with_scheme(config, nearest or scheme)
+
+    def allowed(self, allocation: Allocation, config: LowbitConfig) -> Allocation:
+        """Returns `allocation` with the options that the engine serves.
+
+        Raises:
+            LowbitError: if it serves none, or not one that the user named.
+        """
+        if self.target is None:
+            return allocation
+        layout = self.target.layouts[0]
+        if not allocation.fused and any(
+            limit.kind == "fused" for limit in self.target.engine.formats[layout]
+        ):
+            raise LowbitError(
+                f"{self.target}: {self.target.engine.name} multiplies q, k and v (gate and up) as "
+                "one, so they need one scheme; leave --unfused out"
+            )
+        given = self._given(config)
+        refused = {
+            scheme: reasons
+            for scheme in allocation.schemes
+            if (reasons := self.target.verdict(with_scheme(given, scheme), layout).findings)
+        }
+        if not refused:
+            return allocation
+        first, reasons = next(iter(refused.items()))
+        kept = tuple(scheme for scheme in allocation.schemes if scheme not in refused)
+        if allocation.options != OPTIONS or not kept:
+            what = f"no option is served, not even {first}" if not kept else f"the option {first}"
+            raise LowbitError(f"{self.target}: {what}: {self.target.shown(reasons)}")
+        left = ", ".join(str(scheme) for scheme in refused)
+        warnings.warn(
+            f"{self.target}: {left} are left out of the choice ({self.target.shown(reasons)})",
+            stacklevel=3,
+        )
+        return dataclasses.replace(allocation, options=kept)
+
+    def layout(self, config: LowbitConfig) -> str:
+        """Returns the format of the output, after saying what is not known of the engine.
+
+        Raises:
+            LowbitError: if the engine would not serve it.
+        """
+        if self.target is None:
+            return Lowbit.name
+        served = self.target.serve(self._given(config))
+        for sentence in served.unknown:
+            warnings.warn(sentence, stacklevel=3)
+        return served.layout
+
+    def execute(self, plan: Plan, layout: str, resume: bool, progress: bool) -> QuantizedCheckpoint:
+        """Returns the finished checkpoint of `plan`, in the format `layout`."""
+        from lowbit.pipeline.plan import QuantizedCheckpoint
+
+        if layout == Lowbit.name:
+            return plan.execute(resume, progress)
+        from lowbit.formats.conversion import convert
+
+        output = plan.directory
+        staging = output.with_name(output.name + STAGING)
+        finished = _finished(output)
+        if resume and finished is not None and not staging.exists():
+            return _again(plan, output, finished)
+        quantized = dataclasses.replace(plan, directory=staging).execute(resume, progress)
+        made = convert(staging, output, layout, resume=resume, progress=progress)
+        manifest = {**made.manifest, QUANTIZED: quantized.manifest}
+        write_json(made.path / MANIFEST_NAME, manifest)
+        shutil.rmtree(staging)
+        return QuantizedCheckpoint(made.path, manifest)
+
+    def _given(self, config: LowbitConfig) -> Given:
+        selected = select_modules(self.decoder.model, config.selection())
+        model = dataclasses.replace(
+            described(self.decoder.model), dtype=dtype_of(self.decoder.checkpoint.config)
+        )
+        return Given.of_model("", selected, model)
+
+
+def _with_scheme(config: LowbitConfig, scheme: Scheme) -> LowbitConfig:
+    """Returns `config` with another scheme."""
+    return LowbitConfig(
+        scheme=scheme,
+        dynamic=config.dynamic,
+        modules_to_not_convert=config.modules_to_not_convert,
+        quantize_lm_head=config.quantize_lm_head,
+        quantize_embeddings=config.quantize_embeddings,
+        algorithm=config.algorithm,
+        algorithm_options=config.algorithm_options,
+        recipe=config.recipe,
+    )
+
+
+def _finished(output: Path) -> dict[str, Any] | None:
+    """Returns the manifest of the run that chose the codes of a finished output, if there is one.
+
+    `stored_run` checks the fields of a manifest.
+    """
+    if (output / JOURNAL_NAME).exists() or not (output / MANIFEST_NAME).exists():
+        return None
+    stored = stored_run(output) or {}
+    quantized = stored.get(QUANTIZED)
+    return stored if isinstance(quantized, dict) else None
+
+
+def _again(plan: Plan, output: Path, manifest: dict[str, Any]) -> QuantizedCheckpoint:
+    """Returns a finished output, if it is of this very run."""
+    from lowbit.pipeline.plan import QuantizedCheckpoint
+
+    fingerprint = plan.fingerprint(plan.decoder.checkpoint.verify(lambda _: None))
+    if manifest[QUANTIZED].get("fingerprint") != fingerprint:
+        raise LowbitError(
+            f"{output}: holds the finished result of another run; choose another output"
+        )
+    return QuantizedCheckpoint(output, manifest)
