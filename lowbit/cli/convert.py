@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from lowbit.cli.options import Output, Resume
+from lowbit.cli.options import Engine, Output, Resume, TensorParallel, require_engine
 from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
+from lowbit.errors import LowbitError
 
 # Of a long list, so many lines are shown.
 SHOWN = 8
@@ -21,11 +23,13 @@ def convert_command(
     source: Annotated[str, typer.Argument(help="Folder of a quantized checkpoint, or a hub name.")],
     output: Output,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="compressed-tensors, gptq, gptq_v2, awq, bnb (bitsandbytes), lowbit or bf16."
         ),
-    ],
+    ] = None,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
     requantize: Annotated[
         bool,
         typer.Option(
@@ -43,16 +47,39 @@ def convert_command(
     and compared.
 
     Example: lowbit convert ./llama-w4 ./llama-gptq --to gptq
+
+    Example: lowbit convert ./llama-w4 ./llama-vllm --for vllm --tp 2
     """
+    require_engine(engine, tp)
+    from lowbit.engines import engine_named
     from lowbit.formats.conversion import convert
 
+    if engine is not None:
+        to = _format_for(source, engine, tp, to, requantize)
+    elif to is None:
+        raise LowbitError("give the format (--to gptq) or what will serve it (--for vllm)")
     with exit_interrupted():
         result = convert(source, output, to, requantize=requantize, resume=resume)
-    summary = result.manifest["summary"]
+    summary = dict(result.manifest["summary"])
+    if engine is not None:
+        summary["serve"] = engine_named(engine).command(result.path, tp)
     if json_output:
         typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))
     else:
         _print_summary(result.path, summary)
+
+
+def _format_for(
+    source: str, engine: str, tensor_parallel: int, to: str | None, requantize: bool
+) -> str:
+    """Returns the format that the engine serves, after saying what is not known of it."""
+    from lowbit.engines.choice import Target
+    from lowbit.engines.converting import format_for
+
+    served = format_for(source, Target.named(engine, tensor_parallel), to, requantize)
+    for sentence in served.unknown:
+        warnings.warn(sentence, stacklevel=2)
+    return served.layout
 
 
 def _print_summary(path: Path, summary: dict[str, Any]) -> None:
@@ -60,6 +87,8 @@ def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     table.add_row("written", str(path))
     table.add_row("format", summary["format"])
+    if "serve" in summary:
+        table.add_row("serve it", summary["serve"])
     table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
     table.add_row("stored as", ", ".join(summary["schemes"]))
     table.add_row("kept bit for bit", f"{summary['exact']} weights")

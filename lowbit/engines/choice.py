@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from lowbit.engines.limits import Engine, engine_named
 from lowbit.engines.linter import Checkpoint, Verdict, examine, listed
-from lowbit.engines.weights import EMBEDDING
+from lowbit.engines.weights import EMBEDDING, HEAD, LINEAR
 from lowbit.errors import LowbitError
+from lowbit.formats import model_view as view_kinds
 from lowbit.formats.own import Bf16, Lowbit
+from lowbit.formats.plan import wrong_kind
 from lowbit.formats.table import LAYOUTS, layout_named
 from lowbit.scheme import INTEGER_BITS, SCALE_DTYPES, Scheme
 
@@ -19,6 +21,11 @@ from lowbit.scheme import INTEGER_BITS, SCALE_DTYPES, Scheme
 SHOWN = 2
 GROUP_SIZES = (16, 32, 64, 128, 256, None)
 GPUS = 64
+_KINDS = {
+    LINEAR: view_kinds.LINEAR,
+    HEAD: view_kinds.LINEAR,
+    EMBEDDING: view_kinds.EMBEDDING,
+}
 
 
 @dataclass(frozen=True)
@@ -157,10 +164,11 @@ def _unheld(given: Checkpoint, layout: str) -> Iterator[str]:
     found: dict[str, list[str]] = {}
     for weight in given.quantized:
         assert weight.scheme is not None
-        reason = None
-        if weight.kind == EMBEDDING:
-            reason = "it is an embedding, the format has linear layers only"
-        elif weight.shape is not None:
+        transposed = weight.name in given.model.conv1d
+        kind = view_kinds.CONV1D if transposed else _KINDS[weight.kind]
+        view = view_kinds.ModuleView(weight.name, kind, weight.shape)
+        reason = wrong_kind(view, LAYOUTS[layout])
+        if reason is None and weight.shape is not None:
             reason = LAYOUTS[layout].refusal(weight.scheme, weight.shape)
         if reason is not None:
             found.setdefault(reason, []).append(weight.name)

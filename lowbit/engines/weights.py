@@ -111,6 +111,7 @@ class Model:
         kv_heads: key-value heads, likewise.
         experts: module that fuses experts -> (their intermediate size, the hidden size).
         dtype: of the weights that are not quantized, "bfloat16" for example; None if not named.
+        conv1d: GPT-2's layers, which store their weight the other way round.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -120,6 +121,7 @@ class Model:
     kv_heads: int | None = None
     experts: Mapping[str, tuple[int, int]] | None = None
     dtype: str | None = None
+    conv1d: frozenset[str] = frozenset()
 
     def kind(self, name: str) -> str:
         """Returns the kind of a module."""
@@ -188,6 +190,7 @@ def described(model: PreTrainedModel) -> Model:
         module_name(model, model.get_input_embeddings()),
         *_heads(model.config.to_dict()),
         experts,
+        conv1d=frozenset(n for n, m in model.named_modules() if weight_is_transposed(m)),
     )
 
 

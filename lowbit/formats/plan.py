@@ -148,7 +148,7 @@ def _target(
         return Target(target.held_as(stored.scheme), True, view)
     if not requantize:
         return Target(None, True, view)
-    nearest = None if _wrong_kind(view, target) else target.nearest(stored.scheme, stored.shape)
+    nearest = None if wrong_kind(view, target) else target.nearest(stored.scheme, stored.shape)
     return Target(None if nearest is None else target.held_as(nearest), False, view)
 
 
@@ -159,10 +159,11 @@ def _reason(name: str, stored: StoredAs, view: ModuleView, target: Layout) -> st
             "its columns are grouped in the order of desc_act, and the format has groups of "
             "neighbours"
         )
-    return _wrong_kind(view, target) or target.refusal(stored.scheme, stored.shape)
+    return wrong_kind(view, target) or target.refusal(stored.scheme, stored.shape)
 
 
-def _wrong_kind(view: ModuleView, target: Layout) -> str | None:
+def wrong_kind(view: ModuleView, target: Layout) -> str | None:
+    """Returns why a layout has no place for this kind of module, None if it has one."""
     if isinstance(target, Lowbit):
         if view.kind == OTHER:
             return "it is one of many that the model fuses (an expert), which lowbit does not run"
@@ -194,7 +195,7 @@ def _refuse(
     first = refused[0]
     stored, view = modules[first], views[first]
     nearest = None
-    if not _wrong_kind(view, target):
+    if not wrong_kind(view, target):
         nearest = target.nearest(stored.scheme, stored.shape)
     names = ", ".join(refused[:SHOWN]) + (", ..." if len(refused) > SHOWN else "")
     fix = (
