@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lowbit.cli.options import Engine, Output, Resume, TensorParallel, require_engine
+from lowbit.cli.options import Engine, Resume, TensorParallel, require_engine
 from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
@@ -20,12 +20,16 @@ SHOWN = 8
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(help="Folder of a quantized checkpoint, or a hub name.")],
-    output: Output,
+    source: Annotated[
+        str, typer.Argument(help="Folder of a quantized checkpoint, a hub name, or a GGUF file.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Folder to write, new or empty; or a new FILE.gguf.")
+    ],
     to: Annotated[
         str | None,
         typer.Option(
-            help="compressed-tensors, gptq, gptq_v2, awq, bnb (bitsandbytes), lowbit or bf16."
+            help="compressed-tensors, gptq, gptq_v2, awq, bnb (bitsandbytes), gguf, lowbit or bf16."
         ),
     ] = None,
     engine: Engine = None,
@@ -36,6 +40,21 @@ def convert_command(
             "--requantize", help="Round what the format cannot hold to the nearest that it can."
         ),
     ] = False,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="With --to gguf: Q8_0, Q4_0, Q4_1, Q4_K or Q6_K, of a 16-bit model too; left out, "
+            "the one that has the values of the source.",
+        ),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --gguf-type, of a 16-bit model: statistics that `lowbit calibrate` wrote; "
+            "GPTQ chooses the codes."
+        ),
+    ] = None,
     resume: Resume = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the manifest's summary.")
@@ -49,17 +68,28 @@ def convert_command(
     Example: lowbit convert ./llama-w4 ./llama-gptq --to gptq
 
     Example: lowbit convert ./llama-w4 ./llama-vllm --for vllm --tp 2
+
+    Example: lowbit convert ./llama ./llama.gguf --to gguf --gguf-type Q4_K --stats ./llama-stats
     """
     require_engine(engine, tp)
     from lowbit.engines import engine_named
     from lowbit.formats.conversion import convert
+    from lowbit.formats.gguf.writing import GgufOptions
 
     if engine is not None:
         to = _format_for(source, engine, tp, to, requantize)
     elif to is None:
         raise LowbitError("give the format (--to gptq) or what will serve it (--for vllm)")
     with exit_interrupted():
-        result = convert(source, output, to, requantize=requantize, resume=resume)
+        chosen = None if gguf_type is None and stats is None else GgufOptions(gguf_type, stats)
+        result = convert(
+            source,
+            output,
+            to,
+            requantize=requantize,
+            resume=resume,
+            gguf=chosen,
+        )
     summary = dict(result.manifest["summary"])
     if engine is not None:
         summary["serve"] = engine_named(engine).command(result.path, tp)
@@ -84,7 +114,8 @@ def _format_for(
 
 def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
     table.add_row("written", str(path))
     table.add_row("format", summary["format"])
     if "serve" in summary:
@@ -94,7 +125,7 @@ def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     table.add_row("kept bit for bit", f"{summary['exact']} weights")
     rounded = summary["rounded"]
     for name, error in list(rounded.items())[:SHOWN]:
-        how = "decoded to bf16" if error is None else f"rounded again, relative error {error:.4f}"
+        how = "decoded to bf16" if error is None else f"rounded again, relative error {error:.2g}"
         table.add_row("[yellow]changed[/]", f"{name}: {how}")
     if len(rounded) > SHOWN:
         table.add_row("", f"and {len(rounded) - SHOWN} more, see --json")

@@ -36,7 +36,9 @@ from lowbit.checkpoint.journal import (
 from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.gguf.tokenizer import write_tokenizer
+from lowbit.formats.gguf.writing import GgufOptions, write_gguf
 from lowbit.formats.model_view import CONV1D
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
@@ -59,8 +61,8 @@ class ConvertedCheckpoint:
     """A finished output directory.
 
     Args:
-        path: the directory.
-        manifest: the content of its `lowbit_manifest.json`.
+        path: the directory, or the GGUF file.
+        manifest: the content of its `lowbit_manifest.json`; a GGUF file has none beside it.
     """
 
     path: Path
@@ -75,6 +77,7 @@ def convert(
     requantize: bool = False,
     resume: bool = False,
     progress: bool = True,
+    gguf: GgufOptions | None = None,
 ) -> ConvertedCheckpoint:
     """Converts a quantized checkpoint to another format.
 
@@ -84,14 +87,22 @@ def convert(
     Args:
         source: directory of a checkpoint in any format here, its name on the hub, or a GGUF file.
         output: directory to write, new or empty.
-        to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bnb", "lowbit" or "bf16".
+        to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bnb", "gguf", "lowbit" or "bf16".
         requantize: round weights that the format cannot hold to the nearest scheme that it can.
         resume: go on with the unfinished conversion in `output`.
         progress: show a progress bar on standard error.
+        gguf: what `to="gguf"` chooses anew, of a model in 16 bits too; None keeps codes.
 
     Raises:
         LowbitError: bad input; nothing has been written unless the message says so.
     """
+    if to.lower() == Gguf.name:
+        if resume:
+            raise LowbitError("a GGUF file is written as a whole; leave out --resume")
+        file, manifest = write_gguf(source, output, gguf or GgufOptions(), requantize, progress)
+        return ConvertedCheckpoint(file, manifest)
+    if gguf is not None:
+        raise LowbitError(f"--gguf-type and --stats are for --to gguf, not for --to {to}")
     directory = Path(output)
     checkpoint = open_checkpoint(source)
     if directory.resolve() == checkpoint.path.resolve():

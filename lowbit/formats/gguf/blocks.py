@@ -94,6 +94,11 @@ def scales_are_finite(raw: Tensor, kind: GgmlType) -> bool:
     return all(bool(torch.isfinite(_half(blocks, place)).all()) for place in places)
 
 
+def zero_scales(raw: Tensor, kind: GgmlType) -> Tensor:
+    """Returns which blocks of the uint8 rows `raw` have the scale zero, bool `[blocks]`."""
+    return _half(raw.reshape(-1, kind.block_bytes), _HALVES[kind.name][0]).squeeze(1) == 0
+
+
 def zero_points(blocks: Blocks) -> Tensor | None:
     """Returns the integers z of 0...15 with minimum = scale * z, None where there are none.
 

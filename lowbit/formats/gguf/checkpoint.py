@@ -94,8 +94,8 @@ class GgufCheckpoint(Checkpoint):
         self.header = header
         self.architecture: Architecture = architecture_of_file(header)
         config = config_of_file(header, lambda: _floats(header, ROPE_FACTORS))
-        if any(tensor.kind.dtype is None for tensor in header.tensors.values()):
-            config["quantization_config"] = {"quant_method": QUANT_METHOD}
+        # Of a file of floats too: it is no folder that transformers could load.
+        config["quantization_config"] = {"quant_method": QUANT_METHOD}
         entries: dict[str, TensorEntry] = {}
         decoded: Counter[str] = Counter()
         for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.begin):
