@@ -35,10 +35,10 @@ from scripts.fuzzing.session import Session
 from scripts.provenance import RESULTS, ROOT, write_result
 
 # A child lives so long: what it leaks, and what one case may do to the next, ends with it.
-CHILD_SECONDS = 300.0
+CHILD_SECONDS = 1200.0
 REPORT_SECONDS = 1.0
 # A child that says nothing for so long hangs where no signal reaches it.
-SILENCE_SECONDS = 120.0
+SILENCE_SECONDS = 300.0
 MEMORY_DISK = Path("/dev/shm")
 
 
@@ -78,9 +78,9 @@ def child(arguments: argparse.Namespace) -> None:
     current = os.open(arguments.current, os.O_WRONLY)
     with work_folder() as folder:
         session = Session(folder, chosen(arguments.readers), arguments.seed, done)
-        end = time.monotonic() + min(CHILD_SECONDS, arguments.minutes * 60)
+        end = min(time.time() + CHILD_SECONDS, arguments.until)
         reported = 0.0
-        while (now := time.monotonic()) < end:
+        while (now := time.time()) < end:
             if now - reported > REPORT_SECONDS:
                 reported = now
                 say(done=session.done)
@@ -113,12 +113,12 @@ class Campaign:
         with RunProgress(not self.arguments.quiet) as bar, work_folder() as folder:
             bar.stage("fuzzing", int(total))
             while (left := total - (time.monotonic() - begin)) > 0:
-                self._run_child(folder / "current", left, bar, begin)
+                self._run_child(folder / "current", time.time() + left, bar, begin)
         return time.monotonic() - begin
 
-    def _run_child(self, current: Path, left: float, bar: RunProgress, begin: float) -> None:
+    def _run_child(self, current: Path, until: float, bar: RunProgress, begin: float) -> None:
         current.write_bytes(b"")
-        command = [sys.executable, "-m", "scripts.fuzz_formats", "--minutes", str(left / 60)]
+        command = [sys.executable, "-m", "scripts.fuzz_formats", "--until", str(until)]
         command += ["--readers", self.arguments.readers, "--seed", str(self.arguments.seed)]
         command += ["--child", json.dumps(self.done), "--current", str(current)]
         process = subprocess.Popen(
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--current", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     command_line.run(parser, _run)
 
 

@@ -19,6 +19,7 @@ from scripts.fuzzing.files import (
     split_header,
     take_apart,
 )
+from scripts.fuzzing.gguf_samples import mutated_gguf
 from scripts.fuzzing.junk import INTEGERS, PATHS, junk, mutated_json
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "BOOL", "F8_E4M3")
@@ -51,6 +52,8 @@ def mutated(files: Files, chance: random.Random) -> Files:
             result[name] = _mutated_text(content, chance)
         elif name.endswith(".safetensors"):
             result[name] = _mutated_safetensors(content, chance)
+        elif name.endswith(".gguf") and chance.random() < 0.7:
+            result[name] = mutated_gguf(content, chance)
         else:
             result[name] = _mutated_bytes(content, chance)
     return result

@@ -16,13 +16,12 @@ import torch
 import lowbit
 from lowbit.adapters.adapter_file import AdapterFile
 from lowbit.calibration.token_files import read_token_rows
-from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.formats.reading import read_module
+from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.table import LAYOUTS, layout_of
 from lowbit.inventory import inventory
 from lowbit.pipeline.stored_statistics import StoredStatistics
-from scripts.fuzzing import samples
+from scripts.fuzzing import gguf_samples, samples
 from scripts.fuzzing.files import Files
 
 # Of a case's folder; where a conversion writes. It may not look like a checkpoint after an error.
@@ -50,12 +49,13 @@ class Target:
 
 def read_checkpoint(folder: Path, _: random.Random) -> None:
     """Opens a checkpoint, reads and decodes every module, and lists what there is."""
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     layout = layout_of(checkpoint)
     for name, stored in layout.modules(checkpoint).items():
         read_module(checkpoint, layout, name, stored).dequantize()
     checkpoint.verify()
-    inventory(folder)
+    if checkpoint.path.is_dir():
+        inventory(folder)
 
 
 def convert_checkpoint(folder: Path, chance: random.Random) -> None:
@@ -150,6 +150,11 @@ CHECKPOINTS: dict[str, tuple[Sample, ...]] = {
         ("bnb", "NF4_G32_FP32", samples.nested),
     ),
     "bf16": (samples.unquantized,),
+    "gguf": (
+        functools.partial(gguf_samples.model, 256, ("Q4_K", "Q6_K", "Q5_K", "Q2_K", "Q3_K")),
+        functools.partial(gguf_samples.model, 32, ("Q4_0", "Q8_0", "Q4_1", "Q5_0", "IQ4_NL")),
+        functools.partial(gguf_samples.model, 32, ("F16", "Q8_0", "BF16", "F32")),
+    ),
 }
 _ALL = tuple(sample for group in CHECKPOINTS.values() for sample in group)
 TARGETS: dict[str, Target] = {
