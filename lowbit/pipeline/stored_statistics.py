@@ -15,6 +15,7 @@ an interrupted run goes on; see `lowbit.checkpoint.journal`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,8 +262,7 @@ def _is_part(part: Any) -> bool:
     return (
         isinstance(part, dict)
         and all(isinstance(part.get(key), str) for key in ("file", "sha256"))
-        and Path(part["file"]).name == part["file"]
-        and "\0" not in part["file"]
+        and re.fullmatch(r"stats-\d{5,9}-of-\d{5,9}\.safetensors", part["file"]) is not None
         and _are_names(part.get("unreached", []))
         and isinstance(part.get("modules"), dict)
         and all(map(_is_group, part["modules"].values()))
