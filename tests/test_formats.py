@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import formats_oracles as oracle
+import gguf_oracles as gguf_oracle
 import numpy as np
 import pytest
 import torch
@@ -37,13 +38,17 @@ def golden(name: str) -> dict[str, dict[str, torch.Tensor]]:
     return cases
 
 
-def random_weight(scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
-    """Returns fresh codes of the whole range on a fresh grid."""
+def random_weight(scheme: Scheme, shape: tuple[int, int], name: str = "") -> QuantizedWeight:
+    """Returns fresh codes of the whole range on a fresh grid, which the format `name` holds."""
     rows, columns = shape
     size = (rows, scheme.groups(columns))
     codes = torch.randint(scheme.code_min, scheme.code_max + 1, shape, dtype=torch.int8)
     sign = torch.where(torch.rand(size) < 0.5, -1.0, 1.0) if scheme.signed_scales else 1.0
     scales = sign * (torch.rand(size) + 0.1) * 0.01
+    if name == "gguf" and not scheme.symmetric:
+        # Seven bits, so that a scale times a zero point is exact in fp16.
+        mantissa, exponent = torch.frexp(scales)
+        scales = torch.ldexp((mantissa * 128).round() / 128, exponent)
     zeros = None
     if not scheme.symmetric:
         # Zero, which version 1 of GPTQ has no way to store, aside.
@@ -68,6 +73,9 @@ def decoded_by_oracle(name: str, tensors: dict[str, torch.Tensor], scheme: Schem
     """Returns the weight that the specification of a format makes of its tensors."""
     if name.startswith("gptq"):
         return oracle.gptq_weight(tensors, scheme.bits, 1 if name == "gptq" else 2)
+    if name == "gguf":
+        kind = "Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"
+        return gguf_oracle.decode(kind, tensors["weight"].numpy())
     if name == "awq":
         width = scheme.group_width(tensors["qweight"].shape[0])
         return oracle.awq_weight(tensors, width)
@@ -82,7 +90,7 @@ def decoded_by_oracle(name: str, tensors: dict[str, torch.Tensor], scheme: Schem
 def test_what_is_written_means_the_same_by_the_specification(scheme: Scheme, name: str) -> None:
     held = 0
     for shape in SHAPES[:2]:
-        weight = random_weight(scheme, shape)
+        weight = random_weight(scheme, shape, name)
         if LAYOUTS[name].refusal(scheme, shape) or not regrid(
             weight, LAYOUTS[name].held_as(scheme)
         ):
@@ -101,7 +109,7 @@ def test_what_is_written_means_the_same_by_the_specification(scheme: Scheme, nam
 def test_every_scheme_is_held_or_refused_with_one_that_is(scheme: Scheme, name: str) -> None:
     layout = LAYOUTS[name]
     for shape in SHAPES:
-        weight = random_weight(scheme, shape)
+        weight = random_weight(scheme, shape, name)
         if layout.refusal(scheme, shape) is None:
             if regrid(weight, layout.held_as(scheme)) is not None:
                 stored(name, weight)
@@ -114,7 +122,10 @@ def test_every_scheme_is_held_or_refused_with_one_that_is(scheme: Scheme, name: 
         made, error = requantized(weight, layout.held_as(nearest))
         assert error < 1 / 2 ** (made.scheme.bits - 2)
         zeros = made.grid().zeros
-        # Rounding may choose the zero point that version 1 refuses.
+        # Rounding may choose the zero point that version 1 refuses, and a scale that times a zero
+        # point is not exact in fp16.
+        if name == "gguf" and zeros is not None:
+            continue
         if name != "gptq" or zeros is None or not bool((zeros == made.scheme.code_min).any()):
             stored(name, made)
 
