@@ -74,7 +74,7 @@ def model(width: int, kinds: tuple[str, ...]) -> Files:
         name: (kinds[index % len(kinds)], shape)
         for index, (name, shape) in enumerate(matrices.items())
     }
-    return {"model.gguf": _file(metadata, tensors | {v: ("F32", (width,)) for v in vectors})}
+    return {"model.gguf": _file(metadata, tensors | dict.fromkeys(vectors, ("F32", (width,))))}
 
 
 def _file(metadata: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
