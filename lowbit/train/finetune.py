@@ -23,6 +23,7 @@ import torch
 from lowbit.checkpoint.reader import read_header, read_json
 from lowbit.errors import LowbitError
 from lowbit.hf.loading import choose_device, load_config, load_tokenizer
+from lowbit.memory import map_large_blocks
 from lowbit.progress import RunProgress
 from lowbit.train import curve
 from lowbit.train.arguments import check_train, training_arguments
@@ -176,6 +177,8 @@ class _Run:
         device = self.arguments.device
         tokens_per_row = sum(map(len, self.prepared.train)) / len(self.prepared.train)
         begin = time.monotonic()
+        if device.type == "cpu":
+            map_large_blocks()
         with RunProgress(shown) as bar:
             bar.stage("loading", 1)
             watch = Watch(self.folder, self.settings.data.validates, bar, tokens_per_row)
