@@ -17,7 +17,7 @@ from typing import Any
 from lowbit.errors import LowbitError
 from scripts import command_line
 from scripts.provenance import RESULTS, ROOT
-from scripts.tables.finetuning import finetune, qlora
+from scripts.tables.finetuning import finetune, finetune_memory, qlora
 from scripts.tables.machine import cpu, kernels, kill_resume, memory
 from scripts.tables.peers import peers
 from scripts.tables.quality import activations, allocation, quality
@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers": peers,
     "peers_outliers": peers,
     "finetune": finetune,
+    "finetune_memory": finetune_memory,
     "qlora": qlora,
 }
 

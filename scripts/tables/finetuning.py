@@ -63,5 +63,27 @@ def qlora(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, footnote(result)])
 
 
+def finetune_memory(result: dict[str, Any]) -> str:
+    """Returns the table of `measure_finetune_memory.py`."""
+    shape, first = result["model"], result["cases"][0]
+    rows = [
+        [
+            f"`{case['scheme']}`, {case['precision']}, {case['optimizer']}, "
+            f"{'with' if case['checkpointing'] else 'without'} checkpointing",
+            gigabytes(case["forecast"]["total"]),
+            gigabytes(case["measured"]),
+            f"{case['ratio']:.3f}",
+        ]
+        for case in result["cases"]
+    ]
+    title = (
+        f"A random Llama of {shape['blocks']} blocks, width {shape['hidden']}, "
+        f"{shape['vocab']:,} tokens; {first['batch']} rows of {first['seqlen']} tokens, rank "
+        f"{first['rank']}:\n\n"
+    )
+    header = ["", "forecast, GB", "measured, GB", "ratio"]
+    return title + markdown_table(header, rows) + "\n\n" + footnote(result)
+
+
 def _ratio(value: float, other: float | None) -> str:
     return "-" if not other else f"{value / other:.2f}"
