@@ -21,6 +21,7 @@ from lowbit.cli.inspect import inspect_command
 from lowbit.cli.merge import merge_command
 from lowbit.cli.quantize import quantize_command
 from lowbit.cli.sweep import sweep_command
+from lowbit.cli.verify import verify_command
 from lowbit.errors import LowbitError
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command("generate")(generate_command)
 app.command("bench")(bench_command)
 app.command("finetune")(finetune_command)
 app.command("convert")(convert_command)
+app.command("verify")(verify_command)
 app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lowbit.cli.options import Engine, Resume, TensorParallel, require_engine
+from lowbit.cli.options import Engine, Resume, TensorParallel, Verify, require_engine
 from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
@@ -56,6 +56,7 @@ def convert_command(
         ),
     ] = None,
     resume: Resume = False,
+    verify: Verify = True,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the manifest's summary.")
     ] = False,
@@ -88,6 +89,7 @@ def convert_command(
             to,
             requantize=requantize,
             resume=resume,
+            verify=verify,
             gguf=chosen,
         )
     summary = dict(result.manifest["summary"])

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lowbit.cli.options import Device, OptionalCalibration, Resume, Samples, Seed, Seqlen, Stats
+from lowbit.cli.options import (
+    Device,
+    OptionalCalibration,
+    Resume,
+    Samples,
+    Seed,
+    Seqlen,
+    Stats,
+    Verify,
+)
 from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
 
@@ -53,6 +62,7 @@ def merge_command(
     ] = True,
     device: Device = None,
     resume: Resume = False,
+    verify: Verify = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge an adapter into its base and measure what that changed.
@@ -79,6 +89,7 @@ def merge_command(
             held_out=HeldOut(text, text_seqlen, windows, max_kl, force, not measured),
             device=device,
             resume=resume,
+            verify=verify,
         )
     if json_output:
         typer.echo(json.dumps(result.to_dict(), indent=2))

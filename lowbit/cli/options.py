@@ -29,6 +29,10 @@ Stats = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Check the result, as `lowbit verify` does."),
+]
 Engine = Annotated[
     str | None,
     typer.Option(

@@ -26,6 +26,7 @@ from lowbit.cli.options import (
     Stats,
     TensorParallel,
     TextField,
+    Verify,
     require_engine,
 )
 from lowbit.cli.screen import screen
@@ -104,6 +105,7 @@ def quantize_command(
     tp: TensorParallel = 1,
     device: Device = None,
     resume: Resume = False,
+    verify: Verify = True,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the manifest's summary.")
     ] = False,
@@ -146,6 +148,7 @@ def quantize_command(
             engine=engine,
             tensor_parallel=tp,
             resume=resume,
+            verify=verify,
         )
     # For an engine, the run that chose the codes is inside of the manifest of the conversion.
     chosen_by = result.manifest.get("quantized", result.manifest)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.checkpoint import ShardWriter, write_json
+from lowbit.checkpoint import Checkpoint, ShardWriter, write_json
 from lowbit.checkpoint.journal import (
     CHECKSUM,
     MANIFEST_NAME,
@@ -33,7 +33,7 @@ from lowbit.checkpoint.journal import (
     module_reports,
     refuse_occupied,
 )
-from lowbit.checkpoint.reader import SINGLE_NAME
+from lowbit.checkpoint.reader import SINGLE_NAME, file_digest
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
 from lowbit.formats.gguf.layout import Gguf
@@ -45,7 +45,8 @@ from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
 from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.regrid import regrid, requantized
 from lowbit.memory import release_freed_memory
-from lowbit.pipeline.output import digest_json, write_index, write_side_files
+from lowbit.model_card.saving import after_save
+from lowbit.pipeline.output import digest_json, side_files, write_index, write_side_files
 from lowbit.pipeline.source import require_space
 from lowbit.progress import RunProgress
 from lowbit.quant import QuantizedWeight, weight_checksum
@@ -76,6 +77,7 @@ def convert(
     *,
     requantize: bool = False,
     resume: bool = False,
+    verify: bool = True,
     progress: bool = True,
     gguf: GgufOptions | None = None,
 ) -> ConvertedCheckpoint:
@@ -90,6 +92,7 @@ def convert(
         to: "compressed-tensors", "gptq", "gptq_v2", "awq", "bnb", "gguf", "lowbit" or "bf16".
         requantize: round weights that the format cannot hold to the nearest scheme that it can.
         resume: go on with the unfinished conversion in `output`.
+        verify: check the result as `lowbit verify` does, and mark it as bad if that fails.
         progress: show a progress bar on standard error.
         gguf: what `to="gguf"` chooses anew, of a model in 16 bits too; None keeps codes.
 
@@ -118,7 +121,11 @@ def convert(
         digests = checkpoint.verify(bar.advance)
         fingerprint = {
             "versions": {"lowbit": __version__},
-            "source": {"config": digest_json(checkpoint.config), "weights": digests},
+            "source": {
+                "config": digest_json(checkpoint.config),
+                "weights": digests,
+                "side_files": _side_files(checkpoint),
+            },
             "to": plan.target.name,
             "requantize": requantize,
         }
@@ -126,7 +133,9 @@ def convert(
             journal = Journal.start(directory, fingerprint)
             bar.stage("converting", sizes)
             _Run(plan, journal, bar).execute()
-            return ConvertedCheckpoint(directory, _finish(plan, journal))
+            _finish(plan, journal)
+    manifest = after_save(directory, checkpoint.path, str(source), verify, progress)
+    return ConvertedCheckpoint(directory, manifest)
 
 
 class _Run:
@@ -249,6 +258,12 @@ class _Run:
                 f"{self.plan.checkpoint.path}: {module} no longer decodes to the weights that were "
                 "written; run `lowbit verify` on it, and quantize the model again"
             )
+
+
+def _side_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns name -> SHA-256 of the tokenizer and its like; a GGUF file has them inside."""
+    found = side_files(checkpoint.path) if checkpoint.path.is_dir() else []
+    return {file.name: file_digest(file) for file in found}
 
 
 def _shard_name(file: Path) -> str:

@@ -20,13 +20,15 @@ from lowbit.calibration.tokens import TokenWindows
 from lowbit.checkpoint import write_json
 from lowbit.checkpoint.journal import MANIFEST_NAME, refuse_occupied, threads_of_run
 from lowbit.checkpoint.reader import read_json
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, VerificationError
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device, evaluation_windows
 from lowbit.merging.exact import can_merge_exactly, write_exact
 from lowbit.merging.measure import Measured, measure, require_peft
 from lowbit.merging.plain import write_plain
 from lowbit.merging.source import MergedCheckpoint
+from lowbit.model_card import write_card
+from lowbit.model_card.saving import after_save
 from lowbit.pipeline import quantize
 from lowbit.pipeline.source import local_directory
 from lowbit.pipeline.stored_statistics import StoredStatistics
@@ -110,6 +112,7 @@ def merge(
     held_out: HeldOut | None = None,
     device: str | torch.device | None = None,
     resume: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> MergeResult:
     """Merges an adapter into its base and returns the measured result; streaming, resumable.
@@ -132,14 +135,17 @@ def merge(
         held_out: what to measure on and the limit.
         device: where blocks are quantized and models are run.
         resume: go on with the unfinished run in `output`.
+        verify: check the result as `lowbit verify` does, and mark it as bad if that fails.
         progress: show a progress bar on standard error.
 
     Raises:
-        LowbitError: bad input, or a divergence above the limit; the checkpoint is complete then.
+        LowbitError: bad input.
+        VerificationError: a check failed, or the divergence is above the limit; the checkpoint is
+            complete then.
     """
     held_out = held_out or HeldOut()
     where, directory, target = choose_device(device), Path(output), _target(to)
-    base = local_directory(base)
+    base_name, base = base, local_directory(base)
     source = MergedCheckpoint.of(base, adapter)
     _check_places(source, directory, resume)
     data: dict[str, Any] = {"stats": stats, "calibration": calibration}
@@ -166,8 +172,9 @@ def merge(
         if algorithm is None and quality is None:
             options |= _method(calibration is not None, stats is not None)
         options |= _choice_of_base(source, target)
-        options |= {"device": where, "resume": resume, "progress": progress}
+        options |= {"device": where, "resume": resume, "progress": progress, "verify": False}
         quantize(source, directory, scheme=target, **options)
+    after_save(directory, source.path, str(base_name), verify, progress, where)
     limit = held_out.max_kl
     if limit is None:
         limit = default_max_kl(torch.float32 if exact else target)
@@ -315,8 +322,9 @@ def _judged(
     above = not measured.kl <= limit
     manifest["measured"] = {**measured.to_dict(), "max_kl": limit, "accepted": force or not above}
     write_json(directory / MANIFEST_NAME, manifest)
+    write_card(directory)
     if above and not force:
-        raise LowbitError(
+        raise VerificationError(
             f"{directory}: merging costs a KL of {measured.kl:.3g} nats per token, above the limit "
             f"of {limit:g} (--max-kl); the checkpoint is complete: --resume --force accepts it, "
             "more bits, --calibration or --stats make it better"

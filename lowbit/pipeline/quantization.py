@@ -16,6 +16,7 @@ from lowbit.engines.choice import Target
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device
+from lowbit.model_card.saving import after_save
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.allocation import choose_schemes, make_allocation
@@ -58,6 +59,7 @@ def quantize(
     engine: str | None = None,
     tensor_parallel: int = 1,
     resume: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> QuantizedCheckpoint:
     """Quantizes a checkpoint to `output` and returns it; the whole model is never in memory.
@@ -96,10 +98,12 @@ def quantize(
             the output is in the format that it serves best. None for our own format.
         tensor_parallel: GPUs among which it divides every layer.
         resume: go on with the unfinished run in `output`.
+        verify: check the result as `lowbit verify` does, and mark it as bad if that fails.
         progress: show a progress bar on standard error.
 
     Raises:
         LowbitError: bad input; nothing has been written unless the message says so.
+        VerificationError: the result fails a check; nothing is deleted.
     """
     target = None if engine is None else Target.named(engine, tensor_parallel)
     recipe = make_recipe(algorithm, quality)
@@ -169,4 +173,7 @@ def quantize(
         warn_of_few_tokens(counted if stored is None else stored.summary()["tokens"], widths)
     plan = Plan(decoder, selected, recipe, tokens, config, directory, stored, allocated)
     with threads_of_run(directory):
-        return serving.execute(plan, layout, resume, progress)
+        serving.execute(plan, layout, resume, progress)
+    name = None if isinstance(model, Checkpoint) else str(model)
+    manifest = after_save(directory, checkpoint.path, name, verify, progress, where)
+    return QuantizedCheckpoint(directory, manifest)

@@ -24,6 +24,7 @@ from lowbit.engines.weights import described, dtype_of
 from lowbit.errors import LowbitError
 from lowbit.formats.own import Lowbit
 from lowbit.hf.config import LowbitConfig
+from lowbit.model_card.origin import ORIGIN
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.scheme import Scheme
@@ -153,8 +154,10 @@ class Serving:
         if resume and finished is not None and not staging.exists():
             return _again(plan, output, finished)
         quantized = dataclasses.replace(plan, directory=staging).execute(resume, progress)
-        made = convert(staging, output, layout, resume=resume, progress=progress)
-        manifest = {**made.manifest, QUANTIZED: quantized.manifest}
+        made = convert(staging, output, layout, resume=resume, verify=False, progress=progress)
+        # Made of the model, not of the folder beside the output.
+        own = {key: value for key, value in made.manifest.items() if key != ORIGIN}
+        manifest = {**own, QUANTIZED: quantized.manifest}
         write_json(made.path / MANIFEST_NAME, manifest)
         shutil.rmtree(staging)
         return QuantizedCheckpoint(made.path, manifest)

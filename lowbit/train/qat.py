@@ -28,6 +28,7 @@ from lowbit.checkpoint.journal import CHECKSUM, MANIFEST_NAME, Journal
 from lowbit.checkpoint.reader import IN_PROGRESS
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.hf.config import LowbitConfig, sentinel_key
+from lowbit.model_card.saving import after_save
 from lowbit.models.layers import find_decoder_layers
 from lowbit.models.selection import select_modules
 from lowbit.models.sources import map_sources
@@ -115,6 +116,7 @@ def save_qat(
 
     Raises:
         LowbitError: the model was not prepared, something became NaN, or the disk is full.
+        VerificationError: the result fails `lowbit verify`, or has other logits than `model`.
     """
     anything: Any = model
     plan = getattr(anything, _ATTRIBUTE, None)
@@ -143,10 +145,10 @@ def save_qat(
             files.append(file.name)
     write_index(directory, files)
     write_side_files(checkpoint.path, directory)
-    content = manifest(journal, plan.selected)
-    write_json(directory / MANIFEST_NAME, content)
+    write_json(directory / MANIFEST_NAME, manifest(journal, plan.selected))
     _write_config(checkpoint, plan, directory, {"manifest": MANIFEST_NAME})
     journal.remove()
+    content = after_save(directory, checkpoint.path, str(base), progress=False, model=model)
     return QuantizedCheckpoint(directory, content)
 
 
