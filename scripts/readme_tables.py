@@ -19,7 +19,7 @@ from scripts import command_line
 from scripts.provenance import RESULTS, ROOT
 from scripts.tables.finetuning import finetune, finetune_memory, qlora
 from scripts.tables.machine import cpu, kernels, kill_resume, memory
-from scripts.tables.peers import peers
+from scripts.tables.peers import peers, peers_short
 from scripts.tables.quality import activations, allocation, quality
 
 BLOCK = re.compile(r"(<!-- table:(?P<name>\w+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -34,11 +34,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels,
     "cpu": cpu,
     "peers": peers,
+    "peers_short": peers_short,
     "peers_outliers": peers,
     "finetune": finetune,
     "finetune_memory": finetune_memory,
     "qlora": qlora,
 }
+
+
+# Tables of a result that has another name.
+RESULT_OF = {"peers_short": "peers"}
 
 
 def render(text: str, results: Path) -> str:
@@ -52,7 +57,7 @@ def render(text: str, results: Path) -> str:
         name = match["name"]
         if name not in TABLES:
             raise LowbitError(f"marker table:{name} is unknown; known are {', '.join(TABLES)}")
-        file = results / f"{name}.json"
+        file = results / f"{RESULT_OF.get(name, name)}.json"
         if not file.exists():
             return f"{match[1]}Not measured yet.\n{match[3]}"
         return f"{match[1]}{TABLES[name](json.loads(file.read_text()))}\n{match[3]}"

@@ -52,6 +52,28 @@ def peers(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, footnote(result)])
 
 
+def peers_short(result: dict[str, Any]) -> str:
+    """Returns the best result of each tool, and of each recipe of ours, one class below the other.
+
+    From the result of `peers`; of several schemes of a class the one with the least KL is shown.
+    """
+    test = next(iter(result["tests"]))
+    rows = []
+    for size_class, title in PEER_CLASSES.items():
+        best: dict[str, dict[str, Any]] = {}
+        for row in result["rows"]:
+            who = f"{OURS} {row['name']}" if row["tool"] == OURS else row["tool"]
+            if row["size_class"] == size_class and (
+                who not in best or row["tests"][test]["kl"] < best[who]["tests"][test]["kl"]
+            ):
+                best[who] = row
+        for row in sorted(best.values(), key=lambda row: row["tests"][test]["kl"]):
+            name, *cells = _peer_row(row, [test], 0)
+            rows.append([title.split(",")[0], name, *(cells[i] for i in (0, 1, 3, 4, 5))])
+    header = ["", "", "bits", "KL", "flips", "perplexity / original", "CPU seconds"]
+    return markdown_table(header, rows) + "\n\n" + footnote(result)
+
+
 def _peers_protocol(result: dict[str, Any]) -> str:
     calibration, outliers = result["calibration"], result["outliers"]
     used = [
