@@ -19,7 +19,7 @@ import lowbit
 from lowbit.algorithms.base import Statistics
 from lowbit.cli import main
 from lowbit.errors import LowbitError
-from lowbit.formats.gguf import verify_file, vocabulary
+from lowbit.formats.gguf import digest, verify_file, vocabulary
 from lowbit.formats.gguf.converting import Converter
 from lowbit.formats.gguf.header import read_gguf_header
 from lowbit.formats.gguf.search import SEARCHED, quantize_rows
@@ -318,6 +318,18 @@ def test_a_changed_byte_fails_the_check(tmp_path: Path) -> None:
     assert [n for n, passed, _ in verify_file(file) if not passed] == ["scales", "digest"]
     file.write_bytes(bytes(content) + bytes(64))
     assert "placement" in [name for name, passed, _ in verify_file(file) if not passed]
+
+
+def test_a_file_that_fails_the_gate_gets_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(tmp_path / "m", "llama", **NARROW)
+    monkeypatch.setattr(digest, "data_digest", lambda file: "1" * 64)
+    command = ["convert", source, tmp_path / "x.gguf", "--to", "gguf", "--gguf-type", "Q8_0"]
+    assert run(*command) == 3
+    assert not (tmp_path / "x.gguf").exists()
+    assert (tmp_path / "x.gguf.bad").exists()
+    assert run(*command, "--no-verify") == 0
 
 
 def test_the_tokenizer_goes_there_and_back(tmp_path: Path) -> None:
