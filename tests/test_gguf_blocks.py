@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf_oracles as oracle
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowbit.formats.gguf.blocks import decode_rows, scales_are_finite, unpack_blocks, zero_points
 from lowbit.formats.gguf.packing import pack_q4_0, pack_q4_1, pack_q4_k, pack_q6_k, pack_q8_0
 from lowbit.formats.gguf.types import GGML_TYPES
 from lowbit.quant import Grid, QuantizedWeight
 
+GOLDEN = Path(__file__).parent / "golden" / "gguf.safetensors"
 RNG = np.random.default_rng()
 BLOCK_TYPES = [name for name, kind in GGML_TYPES.items() if kind.dtype is None]
 
@@ -34,6 +38,14 @@ def test_blocks_decode_as_the_gguf_package_decodes_them(name: str) -> None:
     raw, tensor = rows_of(name, rows=7, blocks=3)
     theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
     assert np.array_equal(decode_rows(tensor, GGML_TYPES[name], torch.float32).numpy(), theirs)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_decode_as_llama_cpp_decodes_them(name: str) -> None:
+    golden = load_file(GOLDEN)
+    blocks, decoded = golden[f"{name}.blocks"], golden[f"{name}.decoded"]
+    assert np.array_equal(oracle.decode(name, blocks.numpy()), decoded.double().numpy())
+    assert torch.equal(decode_rows(blocks, GGML_TYPES[name], torch.float32), decoded)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
