@@ -20,6 +20,7 @@ from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats.model_view import ModelView
 from lowbit.formats.table import layout_of
+from lowbit.models.foreign import one_sentence
 from lowbit.progress import RunProgress
 from lowbit.verification.decoded import DecodedCheckpoint, DecodedDecoder, Inspector
 from lowbit.verification.kernels import KernelDecoder
@@ -281,7 +282,8 @@ class _Verification:
                     raise
                 why = f"not run on our kernels: {error}"
         self.bar.stage("comparing", len(self.reference.layers))
-        found = run_probe(self.reference, kernels, self.inspector, self.bar)
+        with one_sentence(str(self.directory), "model"):  # its own code meets its config here
+            found = run_probe(self.reference, kernels, self.inspector, self.bar)
         outcome.append(found)
         detail = f"{len(found.logits)} tokens, {why}; logits are numbers"
         if found.difference is not None:
