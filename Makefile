@@ -3,6 +3,8 @@
 #   make demo      quantize the bundled model and compare (about three minutes on two cores)
 #   make demo-finetune  an adapter on the bundled model, from JSONL to a merged 4-bit checkpoint
 #   make test      the whole test suite
+#   make test-interop  the formats with their real clients: llm-compressor, GPTQModel, llama.cpp, ...
+#   make fuzz      damaged files for every reader, for an hour (docs/design/interop.md)
 #   make lint      ruff and mypy
 #   make sanitize  the tests of the native CPU kernels under AddressSanitizer and UBSan (needs g++)
 #   make bench-gpu measure the kernels, a decoder and GPTQ on a GPU (docs/benchmarks-gpu.md)
@@ -17,6 +19,7 @@
 #   CXX=clang++           what compiles the native CPU kernels; without a compiler there are none
 #   BENCH_PYTHON=python3  what runs bench-gpu, instead of .venv: nothing is installed then
 #   BENCH='--tune'        arguments of bench-gpu or bench-cpu
+#   FUZZ=10               minutes of fuzz
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -26,9 +29,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
+FUZZ ?= 60
 NATIVE := kernels/lowbit_kernels/cpu
 
-.PHONY: help demo demo-finetune test lint sanitize bench-gpu bench-cpu clean
+.PHONY: help demo demo-finetune test test-interop fuzz lint sanitize bench-gpu bench-cpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +46,9 @@ demo-finetune: $(VENV)/installed-finetune $(VENV)/compiled
 
 test: $(VENV)/installed-dev $(VENV)/compiled
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m scripts.fuzz_formats --minutes $(FUZZ)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -58,7 +65,7 @@ bench-cpu: $(VENV)/installed-bench $(VENV)/compiled
 	$(BIN)/python kernels/benchmarks/cpu.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist demo-output demo-finetune bench-gpu bench-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output demo-finetune bench-gpu bench-cpu fuzz-findings .interop .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(NATIVE)/liblowbit.* $(NATIVE)/.lowbit-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
