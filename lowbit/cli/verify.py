@@ -33,6 +33,10 @@ def verify_command(
         str | None,
         typer.Option(help="Text or token ids to measure on, as for eval; default pydoc."),
     ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window; 2048, or the model's longest.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Measure on at most N windows.")] = 16,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Run a few tokens through the model.")
     ] = True,
@@ -63,6 +67,8 @@ def verify_command(
             against=against,
             max_kl=max_kl,
             text=text,
+            seqlen=seqlen,
+            windows=windows,
             probe=probe,
             device=choose_device(device),
             progress=Console(stderr=True).is_terminal,

@@ -214,6 +214,8 @@ class _Run:
             report |= {"scheme": str(held.scheme), "exact": error == 0.0}
             report |= {} if error == 0.0 else {"relative_error": error}
             report[CHECKSUM] = self._require_equal(module, made, held, order)
+            if held.input_scale is not None:
+                report["input_scale"] = held.input_scale.item()
             if error == 0.0:
                 self._require_unchanged(module, report[CHECKSUM])
         stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values())

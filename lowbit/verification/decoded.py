@@ -95,10 +95,15 @@ class Inspector:
             self.bad_values.append(f"{module}: the scale of its activations is not positive")
         if isinstance(self.subject.layout, Lowbit) and not qweight.padding_is_zero():
             self.bad_values.append(f"{module}: bits are set beyond the last code of a row")
-        written = self.subject.reports.get(module, {}).get(CHECKSUM)
-        if written is not None:
+        report = self.subject.reports.get(module, {})
+        if CHECKSUM in report:
             self.compared += 1
-            if weight_checksum([weight]) != written:
+            same = weight_checksum([weight]) == report[CHECKSUM]
+            if qweight.input_scale is not None:
+                same &= report.get("input_scale", qweight.input_scale.item()) == (
+                    qweight.input_scale.item()
+                )
+            if not same:
                 self.changed.append(module)
 
     def _stores_zero(self, module: str) -> bool:

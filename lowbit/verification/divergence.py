@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lowbit.errors import LowbitError
@@ -10,18 +12,35 @@ from lowbit.merging.measure import Measured
 from lowbit.progress import RunProgress
 
 DEFAULT_TEXT = "pydoc"
-DEFAULT_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """With what a checkpoint is compared, and on what.
+
+    Args:
+        against: its original, a folder or a hub name.
+        max_kl: limit of the mean divergence, nats per token; None for none.
+        text: as for `lowbit eval`; None for CPython's help topics.
+        seqlen: tokens in a window; None for 2048, or the model's longest.
+        windows: at most so many.
+    """
+
+    against: str
+    max_kl: float | None = None
+    text: str | None = None
+    seqlen: int | None = None
+    windows: int = 16
 
 
 def measure_divergence(
-    path: str, against: str, text: str | None, device: torch.device, bar: RunProgress
+    path: str, comparison: Comparison, device: torch.device, bar: RunProgress
 ) -> Measured:
-    """Returns how far the model of `path` is from that of `against`; both are in memory.
+    """Returns how far the model of `path` is from its original; both are in memory.
 
     Args:
         path: folder of a checkpoint.
-        against: its original, a folder or a hub name.
-        text: as for `lowbit eval`; None for CPython's help topics.
+        comparison: with what, and on what.
         device: where both are run.
         bar: told about windows.
 
@@ -30,7 +49,8 @@ def measure_divergence(
     """
     from lowbit_eval import evaluate
 
-    windows = evaluation_windows(path, text or DEFAULT_TEXT, None, DEFAULT_WINDOWS)
+    against, text = comparison.against, comparison.text or DEFAULT_TEXT
+    windows = evaluation_windows(path, text, comparison.seqlen, comparison.windows)
     vocab_size = load_config(against).vocab_size
     if int(windows.ids.max()) >= vocab_size:
         raise LowbitError(
@@ -40,7 +60,7 @@ def measure_divergence(
     bar.stage("measuring", len(windows))
     model, original = load_model(path, device=device), load_model(against, device=device)
     result = evaluate(model, windows, original, advance=lambda: bar.advance(1))
-    return Measured.of(result, text or DEFAULT_TEXT)
+    return Measured.of(result, text)
 
 
 def judge(measured: Measured, max_kl: float | None) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from lowbit.formats.table import layout_of
 from lowbit.models.foreign import one_sentence
 from lowbit.progress import RunProgress
 from lowbit.verification.decoded import DecodedCheckpoint, DecodedDecoder, Inspector
+from lowbit.verification.divergence import Comparison, judge, measure_divergence
 from lowbit.verification.kernels import KernelDecoder
 from lowbit.verification.probe import Outcome, compare_with_model, probe_ids, run_probe
 from lowbit.verification.report import Check, Checks, Report, listed
@@ -44,6 +43,8 @@ def verify(
     against: str | None = None,
     max_kl: float | None = None,
     text: str | None = None,
+    seqlen: int | None = None,
+    windows: int = 16,
     probe: bool = True,
     model: nn.Module | None = None,
     device: torch.device | None = None,
@@ -56,6 +57,8 @@ def verify(
         against: also measure the divergence from this original; both models are in memory then.
         max_kl: its limit, mean nats per token.
         text: what to measure on, as for `lowbit eval`; None for CPython's help topics.
+        seqlen: tokens in a window of it; None for 2048, or the model's longest.
+        windows: at most so many.
         probe: run a few tokens through the model; False checks files and weights only.
         model: the model that was saved, to compare its logits too.
         device: where the probe runs; the CPU by default.
@@ -74,7 +77,7 @@ def verify(
     with RunProgress(progress) as bar, _without_mark(path) as directory:
         report = _Verification(directory, probe, model, where, bar).run()
         if against is not None:
-            comparison = _Comparison(against, max_kl, text)
+            comparison = Comparison(against, max_kl, text, seqlen, windows)
             report = _compared(report, comparison, str(directory), where, bar)
     return _named(report, directory, path)
 
@@ -157,15 +160,6 @@ def _named(report: Report, directory: Path, path: Path) -> Report:
         Check(c.name, c.passed, c.detail.replace(str(directory), str(path))) for c in report.checks
     )
     return Report(path, report.layout, checks, report.measured)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """With what a checkpoint is compared."""
-
-    against: str
-    max_kl: float | None
-    text: str | None
 
 
 class _Verification:
@@ -314,16 +308,14 @@ class _Verification:
 
 
 def _compared(
-    report: Report, comparison: _Comparison, path: str, device: torch.device, bar: RunProgress
+    report: Report, comparison: Comparison, path: str, device: torch.device, bar: RunProgress
 ) -> Report:
     """Returns `report` with a row for the divergence from an original."""
-    from lowbit.verification.divergence import judge, measure_divergence
-
     checks = Checks(list(report.checks))
     if not report.ok:
         checks.skip("other checks failed", "divergence")
         return Report(report.path, report.layout, tuple(checks.rows))
-    measured = measure_divergence(path, comparison.against, comparison.text, device, bar)
+    measured = measure_divergence(path, comparison, device, bar)
     checks.run("divergence", lambda: judge(measured, comparison.max_kl))
     record = {"against": comparison.against, **measured.to_dict(), "max_kl": comparison.max_kl}
     return Report(report.path, report.layout, tuple(checks.rows), record)
@@ -331,6 +323,7 @@ def _compared(
 
 def _verify_gguf(path: Path) -> Report:
     """Returns the report of a GGUF file."""
-    gguf: Any = importlib.import_module("lowbit.formats.gguf")
-    checks = tuple(Check(name, passed, detail) for name, passed, detail in gguf.verify_file(path))
+    from lowbit.formats.gguf import verify_file
+
+    checks = tuple(Check(name, passed, detail) for name, passed, detail in verify_file(path))
     return Report(path, "gguf", checks)

@@ -1,0 +1,401 @@
+"""Every way to damage a checkpoint, and the check that sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny, make_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.checkpoint.journal import MANIFEST_NAME
+from lowbit.checkpoint.mark import MARK
+from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.checkpoint.writer import ShardWriter
+from lowbit.cli import main
+from lowbit.errors import LowbitError, VerificationError
+from lowbit.nn import QuantLinear
+from lowbit.verification import Report, gate, verify
+
+UP, NORM = "model.layers.1.mlp.up_proj", "model.layers.1.input_layernorm.weight"
+# Layout -> the tensor of scales, and the scheme that it is made of.
+SCALES = {
+    "lowbit": ("weight_scale", "W4A16_G32"),
+    "compressed-tensors": ("weight_scale", "W4A16_ASYM_G32"),
+    "gptq": ("scales", "W4A16_G32"),
+    "awq": ("scales", "W4A16_ASYM_G32"),
+    "bnb": ("weight.absmax", "NF4_G32_FP32"),
+}
+Damage = Callable[[dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with `m` and a checkpoint in each layout of `SCALES`, in several shards."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_tiny("llama", torch.float32, intermediate_size=160, num_hidden_layers=2)
+    model.save_pretrained(path / "m", max_shard_size="200KB")
+    (path / "m" / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    for layout, (_, scheme) in SCALES.items():
+        source = path / scheme
+        if not source.exists():
+            lowbit.quantize(path / "m", source, scheme=scheme, algorithm="rtn", progress=False)
+        if layout == "lowbit":
+            shutil.copytree(source, path / layout)
+        else:
+            lowbit.convert(source, path / layout, layout, progress=False)
+    return path
+
+
+@pytest.fixture(params=list(SCALES))
+def copy(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
+    """Returns a copy of a sound checkpoint, its folder named by its layout."""
+    shutil.copytree(made / request.param, tmp_path / request.param)
+    return tmp_path / str(request.param)
+
+
+def edit(path: Path, name: str, damage: Damage, honest: bool = False) -> None:
+    """Changes the shard that holds tensor `name`; `honest` keeps its old hash in the manifest."""
+    file = next(f for f in sorted(path.glob("*.safetensors")) if name in load_file(f))
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    index = json.loads((path / INDEX_NAME).read_text())
+    others = {n: f for n, f in index["weight_map"].items() if f != file.name}
+    index["weight_map"] = {**others, **dict.fromkeys(tensors, file.name)}
+    (path / INDEX_NAME).write_text(json.dumps(index))
+    if not honest:
+        forge_hashes(path)
+
+
+def forge_hashes(path: Path) -> None:
+    """Writes the hashes that the files have now into the manifest."""
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    for part in manifest["parts"].values():
+        part["sha256"] = hashlib.sha256((path / part["file"]).read_bytes()).hexdigest()
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def scale_of(path: Path) -> str:
+    return f"{UP}.{SCALES[path.name][0]}"
+
+
+def checks(report: Report) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in report.checks}
+
+
+def only_failure(path: Path) -> tuple[str, str]:
+    failed = verify(path).failed
+    assert len(failed) == 1, failed
+    return next(iter(failed.items()))
+
+
+def test_what_is_sound_passes_everything(copy: Path) -> None:
+    report = verify(copy)
+    assert report.ok
+    assert report.layout == copy.name
+    names = ["files", "hashes", "layout", "quantized", "tensors", "values", "weights", "probe"]
+    assert checks(report) == dict.fromkeys(names, True)
+    details = {check.name: check.detail for check in report.checks}
+    assert "14 weights" in details["quantized"]
+    assert details["weights"].startswith("14 decode")
+    assert "logits of kernels and of decoded weights" in details["probe"]
+
+
+def test_one_bit(copy: Path) -> None:
+    file = sorted(copy.glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert file.name in verify(copy).failed["hashes"]
+
+
+def test_a_wrong_scale_under_honest_looking_hashes(copy: Path) -> None:
+    """Both sides of the probe read the same wrong scale: only what was in memory tells."""
+    name = scale_of(copy)
+    edit(copy, name, lambda t: t[name].view(-1)[3:4].mul_(1.25))
+    check, detail = only_failure(copy)
+    assert (check, UP in detail) == ("weights", True)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (0.0, "zero"), (1e30, "Inf")])
+def test_scales_that_are_none(copy: Path, value: float, word: str) -> None:
+    name = scale_of(copy)
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        # 1e30 is Inf in fp16, which fp32 scales are given as such.
+        made = torch.tensor(value).to(torch.float16 if value == 1e30 else torch.float32)
+        tensors[name].view(-1)[5] = made.to(tensors[name].dtype)
+
+    edit(copy, name, damage)
+    failed = verify(copy).failed
+    assert word in failed["values"]
+    assert "hashes" not in failed
+
+
+def test_scales_of_another_dtype(copy: Path) -> None:
+    name = scale_of(copy)
+    edit(copy, name, lambda t: t.update({name: t[name].double()}))
+    check, detail = only_failure(copy)
+    assert check == "layout"
+    assert name in detail
+
+
+def test_a_lost_scale(copy: Path) -> None:
+    name = scale_of(copy)
+    edit(copy, name, lambda t: t.__delitem__(name))
+    check, detail = only_failure(copy)
+    assert check == "layout"
+    assert name in detail
+
+
+def test_a_lost_parameter(copy: Path) -> None:
+    edit(copy, NORM, lambda t: t.__delitem__(NORM))
+    report = verify(copy)
+    assert NORM in report.failed["tensors"]
+    assert checks(report)["probe"] is None
+
+
+def test_an_orphan(copy: Path) -> None:
+    orphan = "model.layers.7.mlp.left_over"
+    edit(copy, NORM, lambda t: t.update({orphan: torch.ones(8)}))
+    assert orphan in verify(copy).failed["tensors"]
+
+
+def test_a_layer_left_in_16_bits(copy: Path) -> None:
+    """Its tensors are gone, a plain weight is in their place, and config.json knows nothing."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+            del tensors[name]
+        tensors[f"{UP}.weight"] = torch.randn(160, 64)
+
+    edit(copy, scale_of(copy), damage)
+    assert UP in verify(copy).failed["quantized"]
+
+
+def test_a_layer_that_config_leaves_out(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    quantization = config["quantization_config"]
+    key = {
+        "lowbit": "modules_to_not_convert",
+        "compressed-tensors": "ignore",
+        "awq": "modules_to_not_convert",
+        "bnb": "llm_int8_skip_modules",
+    }.get(copy.name)
+    if key is None:
+        quantization["dynamic"] = {rf"-:^{UP}$": {}}
+    else:
+        quantization[key] = [*(quantization.get(key) or []), UP]
+    (copy / "config.json").write_text(json.dumps(config))
+    failed = verify(copy).failed
+    assert UP in " ".join(failed.values())
+    assert failed.keys() & {"layout", "quantized"}
+
+
+def test_twice_over_shards(copy: Path) -> None:
+    other = next(f for f in sorted(copy.glob("*.safetensors")) if NORM not in load_file(f))
+    save_file({**load_file(other), NORM: torch.ones(64)}, other, {"format": "pt"})
+    check, detail = only_failure(copy)
+    assert check == "files"
+    assert "is in both" in detail
+
+
+def test_files_that_do_not_hold_together(copy: Path) -> None:
+    first, *_, last = sorted(copy.glob("*.safetensors"))
+    whole, index = last.read_bytes(), (copy / INDEX_NAME).read_text()
+    last.write_bytes(whole[:-40])
+    assert "truncated" in only_failure(copy)[1]
+    last.unlink()
+    assert "missing" in only_failure(copy)[1]
+    last.write_bytes(whole)
+    (copy / "stray.safetensors").write_bytes(first.read_bytes())
+    assert "stray.safetensors" in only_failure(copy)[1]
+    (copy / "stray.safetensors").unlink()
+    shorter = json.loads(index)
+    del shorter["weight_map"][NORM]
+    (copy / INDEX_NAME).write_text(json.dumps(shorter))
+    assert NORM in only_failure(copy)[1]
+    (copy / INDEX_NAME).write_text(index)
+    assert verify(copy).ok
+
+
+def test_another_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer_config.json").write_text('{"model_max_length": 129}')
+    check, detail = only_failure(copy)
+    assert (check, detail.partition(":")[0]) == ("hashes", "tokenizer_config.json")
+
+
+def test_a_manifest_of_another_model(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    for part in manifest["parts"].values():
+        report = part["modules"].pop(UP, None)
+        if report is not None:
+            part["modules"]["model.layers.9.mlp.up_proj"] = report
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert "layers.9" in verify(copy).failed["quantized"]
+
+
+def test_bits_beyond_the_last_code(made: Path, tmp_path: Path) -> None:
+    build_tiny("llama", tmp_path / "m")  # rows of 168 three-bit codes end inside of a word
+    out = tmp_path / "q"
+    lowbit.quantize(tmp_path / "m", out, scheme="W3A16_G32", algorithm="rtn", progress=False)
+    name = "model.layers.0.mlp.down_proj.weight_packed"
+    edit(out, name, lambda t: t[name][0, -1:].bitwise_or_(-(1 << 31)))
+    check, detail = only_failure(out)
+    assert (check, "beyond the last code" in detail) == ("values", True)
+
+
+def test_kernels_that_compute_something_else(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: real(self, x) * 1.01)
+    check, detail = only_failure(copy)
+    assert (check, "model.layers.0 " in detail) == ("probe", True)
+    assert verify(copy, probe=False).ok
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W2A16_ASYM_G32_DQ", "FP4_BF16", "W3A16_CHANNEL"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "llama_tied"])
+def test_the_probe_agrees_for_other_models(family: str, scheme: str, tmp_path: Path) -> None:
+    build_tiny(family, tmp_path / "m", torch.bfloat16)
+    embeddings = scheme == "FP4_BF16" and family != "gpt2"
+    options = {"scheme": scheme, "algorithm": "rtn", "quantize_embeddings": embeddings}
+    options["quantize_lm_head"] = scheme == "W8A8" and family == "llama_tied"
+    lowbit.quantize(tmp_path / "m", tmp_path / "q", progress=False, **options)
+    report = verify(tmp_path / "q")
+    assert report.ok
+    assert checks(report)["probe"]
+
+
+def test_a_model_in_memory_with_other_weights(made: Path) -> None:
+    model = lowbit.load(made / "lowbit")
+    assert verify(made / "lowbit", model=model).ok
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    assert "model in memory" in verify(made / "lowbit", model=model).failed["probe"]
+
+
+def test_16_bits_and_strangers(made: Path, tmp_path: Path) -> None:
+    """Without a manifest there is less to hold against, and what is not run says so."""
+    report = verify(made / "m")
+    assert report.ok
+    assert checks(report) == {
+        "files": True, "hashes": None, "layout": True, "quantized": True, "tensors": True,
+        "values": True, "weights": None, "probe": True,
+    }  # fmt: skip
+    shutil.copytree(made / "gptq", tmp_path / "gptq")
+    (tmp_path / "gptq" / MANIFEST_NAME).unlink()
+    report = verify(tmp_path / "gptq")
+    assert report.ok
+    assert checks(report)["weights"] is None
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every save write one scale wrong."""
+    real = ShardWriter.add
+
+    def add(self: ShardWriter, name: str, tensor: Tensor) -> None:
+        wrong = name.startswith(UP) and tensor.is_floating_point()
+        real(self, name, tensor * 1.5 if wrong else tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+
+
+@pytest.mark.parametrize("to", ["lowbit", "gptq"])
+def test_the_gate_marks_a_bad_save_and_verify_clears_it(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    to: str,
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(made / "W4A16_G32"), str(out), "--to", to]
+    if to == "lowbit":
+        command = ["quantize", str(made / "m"), str(out), "--algorithm", "rtn"]
+        command += ["--scheme", "W4A16_G32"]
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        assert status(command) == 3
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert f"fails verification (weights: {UP}: decode to other weights" in error
+    files = {file.name for file in out.iterdir()}
+    assert {MANIFEST_NAME, INDEX_NAME, "config.json"} <= files  # nothing is deleted
+    assert MARK in json.loads((out / "config.json").read_text())
+    with pytest.raises(LowbitError, match=r"is marked as bad, it failed verification \(weights: "):
+        lowbit.load(out)
+    with pytest.raises(ValueError, match="marked as bad by `lowbit verify`: weights"):
+        AutoModelForCausalLM.from_pretrained(out)
+    assert status(["verify", str(out)]) == 3  # and stays marked
+    assert MARK in json.loads((out / "config.json").read_text())
+    assert status([*command, "--resume"]) == 3
+    # Somebody repairs it: the shard of a run that was not spoiled.
+    for file in (made / ("W4A16_G32" if to == "lowbit" else "gptq")).iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, out / file.name)
+    capsys.readouterr()
+    assert status(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mark_cleared"]
+    sound = made / ("W4A16_G32" if to == "lowbit" else "gptq") / "config.json"
+    assert (out / "config.json").read_bytes() == sound.read_bytes()
+    lowbit.load(out)
+
+
+def test_no_verify_writes_what_the_gate_would_refuse(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch)
+    out = tmp_path / "out"
+    command = ["convert", str(made / "W4A16_G32"), str(out), "--to", "gptq", "--no-verify"]
+    assert status(command) == 0
+    with pytest.raises(VerificationError, match="fails verification"):
+        gate(out)
+
+
+def status(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    code = exit_info.value.code
+    return int(code or 0)
+
+
+def test_status_and_json(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["verify", str(made / "awq"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["format"] == "awq"
+    assert status(["verify", str(made / "awq")]) == 0
+    assert "passes" in capsys.readouterr().out
+    for arguments, words in (
+        ([str(tmp_path / "absent")], "no such folder"),
+        ([str(tmp_path)], "config.json: not found"),
+        ([str(made / "awq"), "--max-kl", "1"], "add --against"),
+        ([str(made / "awq"), "--card"], "give the original too"),
+    ):
+        assert status(["verify", *arguments]) == 2
+        assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_release_gate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = torch.randint(1, 250, (4, 128), generator=torch.Generator().manual_seed(1))
+    save_file({"input_ids": tokens.to(torch.int32)}, tmp_path / "tokens.safetensors")
+    common = ["verify", str(made / "W4A16_G32"), "--against", str(made / "m")]
+    common += ["--text", str(tmp_path / "tokens.safetensors"), "--json"]
+    assert status([*common, "--max-kl", "5"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert 1e-4 < measured["kl"] < 1
+    limit = str(measured["kl"] * 0.9)
+    assert status([*common, "--max-kl", limit]) == 3
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert (last["name"], last["passed"]) == ("divergence", False)
+    assert "above the limit" in last["detail"]
+    # A limit is for this run: it marks nothing.
+    assert verify(made / "W4A16_G32").ok
