@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.reader import Checkpoint, read_quantized
+from lowbit.checkpoint.reader import Checkpoint, TensorEntry, read_quantized
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
 from lowbit.models.selection import scheme_for
@@ -50,18 +50,17 @@ def inventory(path: Path, against: Path | None = None) -> list[InventoryRow]:
     """Returns a row per parameter of the checkpoint at `path`, in the order of the files.
 
     Args:
-        path: a checkpoint of ours, or any other in safetensors.
+        path: a checkpoint of ours, or in 16 bits; see `lowbit.formats.listing` for all others.
         against: the original, to measure the error of every quantized weight.
 
     Raises:
         LowbitError: as `Checkpoint.open`, or if `against` lacks a weight or has another shape.
     """
-    checkpoint = Checkpoint.open(path)
-    original = Checkpoint.open(against) if against else None
-    return list(_rows(checkpoint, original))
+    return list(rows(Checkpoint.open(path), Checkpoint.open(against) if against else None))
 
 
-def _rows(checkpoint: Checkpoint, original: Checkpoint | None) -> Iterator[InventoryRow]:
+def rows(checkpoint: Checkpoint, original: Checkpoint | None) -> Iterator[InventoryRow]:
+    """Yields the same of checkpoints that are open."""
     schemes = module_schemes(checkpoint)
     parts = {
         f"{name}.{key}" for name, (s, shape) in schemes.items() for key in s.tensor_specs(shape)
@@ -70,16 +69,25 @@ def _rows(checkpoint: Checkpoint, original: Checkpoint | None) -> Iterator[Inven
         name = key.removesuffix(_PACKED)
         if key.endswith(_PACKED) and name in schemes:
             scheme, shape = schemes[name]
-            error = _relative_error(checkpoint, original, name, scheme, shape) if original else None
-            yield _row(name, str(scheme), shape, scheme.stored_bytes(shape), error)
+            error = None
+            if original is not None:
+                decoded = read_quantized(checkpoint.entries, name, scheme, shape).dequantize()
+                error = relative_error(original, name, decoded)
+            yield row_of(name, str(scheme), shape, scheme.stored_bytes(shape), error)
         elif key not in parts and all(entry.shape):
-            dtype = str(entry.dtype).removeprefix("torch.")
-            yield _row(key, dtype, entry.shape, entry.end - entry.begin, None)
+            yield plain_row(entry)
 
 
-def _row(
-    name: str, stored_as: str, shape: tuple[int, ...], size: int, error: float | None
+def plain_row(entry: TensorEntry) -> InventoryRow:
+    """Returns the row of a tensor that is no part of a quantized weight."""
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return row_of(entry.name, dtype, entry.shape, entry.end - entry.begin)
+
+
+def row_of(
+    name: str, stored_as: str, shape: tuple[int, ...], size: int, error: float | None = None
 ) -> InventoryRow:
+    """Returns a row; `size` is in bytes, the rest as in `InventoryRow`."""
     weights = torch.Size(shape).numel()
     return InventoryRow(name, stored_as, shape, weights, size, 8 * size / weights, error)
 
@@ -125,14 +133,16 @@ def _require_specs(
             )
 
 
-def _relative_error(
-    checkpoint: Checkpoint, original: Checkpoint, name: str, scheme: Scheme, shape: tuple[int, int]
-) -> float:
+def relative_error(original: Checkpoint, name: str, decoded: Tensor) -> float:
+    """Returns ||decoded - weight|| / ||weight|| for the weight of module `name`.
+
+    Raises:
+        LowbitError: if `original` lacks it or has another shape.
+    """
     entry = original.entries.get(f"{name}.weight")
     if entry is None:
         raise LowbitError(f"{original.path}: has no tensor '{name}.weight' to compare with")
     weight: Tensor = entry.read().float()
-    decoded = read_quantized(checkpoint.entries, name, scheme, shape).dequantize()
     if weight.shape != decoded.shape and weight.T.shape == decoded.shape:
         weight = weight.T  # GPT-2 stores [in, out]
     if weight.shape != decoded.shape:

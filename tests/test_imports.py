@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "models",
         "nn",
+        "formats",  # where a path is dispatched; nothing of it is imported with the room
     },
 }
 # The rooms that must stay free of Hugging Face and of kernels.

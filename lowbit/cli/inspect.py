@@ -13,7 +13,7 @@ from lowbit.cli.screen import screen
 
 
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, a hub name, a GGUF file.")],
     against: Annotated[
         Path | None, typer.Option(help="Its 16-bit original: measure each weight's error.")
     ] = None,
@@ -23,9 +23,9 @@ def inspect_command(
 
     Example: lowbit inspect ./llama-w4 --against ./llama
     """
-    from lowbit.inventory import inventory
+    from lowbit.formats.listing import listing
 
-    rows = inventory(path, against)
+    rows = listing(path, against)
     if json_output:
         typer.echo(
             json.dumps({"path": str(path), "tensors": [row.to_dict() for row in rows]}, indent=2)

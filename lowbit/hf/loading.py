@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from lowbit.calibration.tokens import TOKEN_SUFFIXES, Tokenizer, TokenWindows, load_windows
-from lowbit.checkpoint.reader import Checkpoint
 from lowbit.errors import LowbitError, unknown_name
 from lowbit.hf.config import LowbitConfig
 from lowbit.models.foreign import one_line, one_sentence
@@ -100,21 +99,41 @@ def load_config(path: str) -> Any:
     Raises:
         LowbitError: there is no checkpoint, it is damaged, or its architecture is unknown.
     """
+    return load_whole_config(path).get_text_config()
+
+
+def load_whole_config(path: str) -> Any:
+    """Returns the configuration, that of a text model inside of another one or not."""
     from transformers import AutoConfig
 
-    if not is_hub_name(path):
-        Checkpoint.open(path)
+    if is_hub_name(path):
+        with _loading(path, "configuration"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            _check_quantization(path, config)
+        return config
+    from lowbit.formats.base import quantization_of
+    from lowbit.formats.reading import open_checkpoint
+    from lowbit.models.streaming import model_config
+
+    checkpoint = open_checkpoint(path)
     with _loading(path, "configuration"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = model_config(checkpoint)
+        if quantization := quantization_of(checkpoint):
+            config.quantization_config = quantization
         _check_quantization(path, config)
-        return config.get_text_config()
+    return config
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """Returns the tokenizer of a checkpoint, or None for a folder without one."""
+    """Returns the tokenizer of a checkpoint, or None for one without."""
     from transformers import AutoTokenizer
 
     path = str(path)
+    if (file := _gguf_file(path)) is not None:
+        from lowbit.formats.gguf.tokenizer import load_gguf_tokenizer
+
+        found: Tokenizer | None = load_gguf_tokenizer(file)
+        return found
     if not is_hub_name(path) and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         return None
     with _loading(path, "tokenizer"):
@@ -160,7 +179,8 @@ def load_model(
     """Returns the causal language model of a checkpoint, in evaluation mode on `device`.
 
     Args:
-        path: a folder, or the hub name `owner/name`.
+        path: a folder, the hub name `owner/name`, or a GGUF file; of lowbit, in 16 bits, or of a
+            layout that `lowbit.load` reads: all of them run on our kernels.
         dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
         device: None for `choose_device(None)`.
         activations: "float", or "int8", see `lowbit.prepare_model`.
@@ -171,13 +191,12 @@ def load_model(
             for a checkpoint that is quantized already, and "int8" activations where nothing here
             multiplies by them.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype.lower() not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     target = device or choose_device(None)
     options: dict[str, Any] = {}
-    if getattr(load_config(path), "quantization_config", None) is None:
+    quantization = getattr(load_whole_config(path), "quantization_config", None)
+    if quantization is None:
         if scheme is not None:
             options["quantization_config"] = LowbitConfig(scheme=scheme)
     elif scheme is not None:
@@ -188,10 +207,27 @@ def load_model(
     # A map loads straight to the GPU; on the CPU there is nothing to place.
     if target.type != "cpu":
         options["device_map"] = {"": target}
+    if is_foreign(quantization):
+        from lowbit.formats.loading import load
+
+        loaded: nn.Module = load(path, dtype=DTYPES[dtype.lower()], **options)
+    else:
+        loaded = _load_own(path, dtype=DTYPES[dtype.lower()], **options)
+    if activations != "float" and not prepare_model(loaded, activations):
+        raise LowbitError(
+            f"--activations {activations}: {path} has no quantized weights that the native CPU "
+            "kernels run; leave it out"
+        )
+    return loaded
+
+
+def _load_own(path: str, **options: Any) -> nn.Module:
+    """Returns a model of ours, in 16 bits, or of a method that only transformers knows."""
+    from transformers import AutoModelForCausalLM
+
     with _loading(path, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=DTYPES[dtype.lower()],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -201,12 +237,28 @@ def load_model(
         )
     check_loaded(path, info)
     loaded: nn.Module = model.eval()
-    if activations != "float" and not prepare_model(loaded, activations):
-        raise LowbitError(
-            f"--activations {activations}: {path} has no quantized weights that the native CPU "
-            "kernels run; leave it out"
-        )
     return loaded
+
+
+def is_foreign(quantization: Any) -> bool:
+    """Returns whether a `quantization_config` is of another tool whose files we read."""
+    from lowbit.formats.own import Bf16, Lowbit
+    from lowbit.formats.table import LAYOUTS
+
+    fields = quantization if isinstance(quantization, dict) else {}
+    others = (layout for layout in LAYOUTS.values() if not isinstance(layout, (Bf16, Lowbit)))
+    return any(layout.matches(fields) for layout in others)
+
+
+def _gguf_file(path: str) -> Path | None:
+    """Returns the GGUF file that a path names, or that is alone in a folder; None for none."""
+    given = Path(path)
+    if given.suffix == ".gguf" and given.is_file():
+        return given
+    if not given.is_dir() or (given / "config.json").exists():
+        return None
+    files = sorted(given.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def check_loaded(path: str, info: dict[str, Any]) -> None:
@@ -235,7 +287,7 @@ def _check_quantization(path: str, config: Any) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    if quantization is None or is_foreign(quantization):
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:

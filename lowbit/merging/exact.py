@@ -23,6 +23,7 @@ from lowbit.checkpoint.reader import (
     read_quantized,
 )
 from lowbit.errors import LowbitError
+from lowbit.formats.view import OwnView
 from lowbit.inventory import module_schemes
 from lowbit.merging.source import MergedCheckpoint
 from lowbit.pipeline.output import side_files, write_index, write_side_files
@@ -62,7 +63,9 @@ def write_exact(
             f"{base.path}, so the merge would not be exact; merge with --calibration, or to bf16"
         )
     recorded = base.path / MANIFEST_NAME
-    manifest = read_json(recorded, "") if recorded.exists() else {}  # save_pretrained writes none
+    # save_pretrained writes none, and that of another format is not of these tensors.
+    own = recorded.exists() and not isinstance(base, OwnView)
+    manifest = read_json(recorded, "") if own else {}
     total = sum(entry.end - entry.begin for entry in base.entries.values())
     bar.stage("checking weights", total)
     fingerprint = _fingerprint(source, manifest, source.verify(bar.advance))

@@ -23,6 +23,7 @@ from lowbit.checkpoint.computed import ComputedEntry
 from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.checkpoint.reader import Checkpoint, TensorEntry, read_json, read_quantized
 from lowbit.errors import LowbitError
+from lowbit.formats.view import open_as_own
 from lowbit.hf.config import sentinel_key
 from lowbit.inventory import module_schemes
 from lowbit.models.sources import Source, map_sources
@@ -62,12 +63,12 @@ class MergedCheckpoint(Checkpoint):
 
     @staticmethod
     def of(base_path: str | Path, adapter_path: str | Path) -> MergedCheckpoint:
-        """Returns the model of `base_path`, 16-bit or ours, with the adapter in `adapter_path`.
+        """Returns the model of `base_path`, in any layout, with the adapter in `adapter_path`.
 
         Raises:
             LowbitError: one of them is damaged or of a kind that is not read, or they do not fit.
         """
-        base, adapter = Checkpoint.open(base_path), AdapterFile.open(adapter_path)
+        base, adapter = open_as_own(base_path), AdapterFile.open(adapter_path)
         dtype = _model_dtype(base)
         model = meta_model(base, dtype)
         decoded = _decoded_entries(base, model, dtype)
@@ -103,7 +104,9 @@ class MergedCheckpoint(Checkpoint):
             weights = self._weights if self._weights is not None else self.base.verify()
             return {"config": digest_json(self.base.config), "weights": weights}
         manifest = read_json(self.path / MANIFEST_NAME, "a low-bit base of ours has one")
-        model: Any = manifest.get("fingerprint", {}).get("model")
+        # What was converted has the manifest of the run that chose its codes inside.
+        chosen: Any = manifest.get("quantized", manifest)
+        model: Any = chosen.get("fingerprint", {}).get("model")
         if not isinstance(model, dict):
             raise LowbitError(f"{self.path / MANIFEST_NAME}: is corrupt; quantize the base again")
         return model

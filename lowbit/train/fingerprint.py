@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.checkpoint.reader import Checkpoint
+from lowbit.formats.reading import open_checkpoint
 from lowbit.hf.loading import is_hub_name, load_config
 from lowbit.pipeline.output import digest_json
 from lowbit.train.settings import Settings
@@ -61,7 +61,7 @@ def base_identity(base: str) -> dict[str, Any]:
     """
     if is_hub_name(base):
         return {"name": base, "commit": getattr(load_config(base), "_commit_hash", None)}
-    checkpoint = Checkpoint.open(Path(base))
+    checkpoint = open_checkpoint(base)
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     return {
         "config": digest_json(checkpoint.config),

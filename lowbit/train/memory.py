@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lowbit import backends
 from lowbit.errors import LowbitError
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.loading import choose_device, load_config
+from lowbit.hf.loading import choose_device, is_foreign, load_config, load_whole_config
 from lowbit.models.foreign import one_sentence
 from lowbit.models.selection import select_modules
 from lowbit.nn.replace import replace_modules
@@ -163,17 +163,23 @@ def optimizer_bytes(parameter: Tensor, optimizer: str) -> int:
 
 def _skeleton(base: str, settings: Settings, precision: str) -> nn.Module:
     """Returns the model to train on meta: the base as it would be loaded, with adapters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from lowbit.formats.view import open_as_own
 
     dtype = getattr(torch, DTYPES[precision])
-    with one_sentence(base, "model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        quantization = getattr(config, "quantization_config", None)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with one_sentence(base, "model"):
+        config = load_whole_config(base)
+        stored = getattr(config, "quantization_config", None)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantization = None
     if settings.base.scheme is not None:
         quantization = LowbitConfig(scheme=settings.base.scheme)
-    elif isinstance(quantization, Mapping):
-        quantization = LowbitConfig.from_dict(dict(quantization))
+    elif is_foreign(stored):
+        quantization = LowbitConfig.from_dict(open_as_own(base).config["quantization_config"])
+    elif isinstance(stored, Mapping):
+        quantization = LowbitConfig.from_dict(dict(stored))
     if quantization is not None:
         selected = select_modules(model, quantization.selection(), require_matches=False)
         replace_modules(model, selected, False, dtype)
