@@ -186,7 +186,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
     content = {"model": vars(shape), "steps": STEPS, "cases": results}
-    write_result(arguments.json, "python scripts/measure_finetune_memory.py", content)
+    shown = ("hidden", "intermediate", "blocks", "heads", "vocab", "batch", "seqlen", "rank")
+    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in shown)
+    command = f"python scripts/measure_finetune_memory.py {options} --device {arguments.device}"
+    write_result(arguments.json, command, content)
 
 
 def _measure(task: dict[str, Any]) -> dict[str, Any]:
