@@ -33,6 +33,7 @@ from lowbit.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from lowbit.formats.gguf.types import GgmlType
 
 SUFFIX = ".gguf"
+FILE_NAME = f"model{SUFFIX}"  # in a folder of its own
 QUANT_METHOD = "gguf"
 
 

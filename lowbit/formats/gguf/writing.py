@@ -23,7 +23,7 @@ from lowbit import __version__
 from lowbit.checkpoint.writer import TEMPORARY_SUFFIX, disk_errors, fsync_directory
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.architectures import ROPE_FACTORS
-from lowbit.formats.gguf.checkpoint import SUFFIX
+from lowbit.formats.gguf.checkpoint import FILE_NAME, SUFFIX
 from lowbit.formats.gguf.configuration import llama3_factors, metadata_of_config, rope_of
 from lowbit.formats.gguf.converting import Converter
 from lowbit.formats.gguf.digest import DIGEST_KEY, NO_DIGEST, SUMMARY_KEY, fill_in_digest
@@ -37,7 +37,6 @@ from lowbit.pipeline.source import require_space
 from lowbit.pipeline.stored_statistics import StoredStatistics
 from lowbit.progress import RunProgress
 
-FILE_NAME = f"model{SUFFIX}"
 QUANTIZATION_VERSION = 2  # of ggml, since 2023
 # llama_ftype by the type of most weights.
 FILE_TYPES = {
