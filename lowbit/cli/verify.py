@@ -60,6 +60,8 @@ def verify_command(
 
     if card and against is None:
         raise LowbitError("--card writes what --against has measured; give the original too")
+    if card and path.is_file():
+        raise LowbitError("--card is for folders that lowbit wrote; a GGUF file has no manifest")
     quiet_libraries()
     with exit_interrupted("nothing was changed"):
         report = verify(

@@ -45,7 +45,7 @@ from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
 from lowbit.formats.reading import open_checkpoint, read_module
 from lowbit.formats.regrid import regrid, requantized
 from lowbit.memory import release_freed_memory
-from lowbit.model_card.saving import after_save
+from lowbit.model_card.saving import after_gguf, after_save
 from lowbit.pipeline.output import digest_json, side_files, write_index, write_side_files
 from lowbit.pipeline.source import require_space
 from lowbit.progress import RunProgress
@@ -107,7 +107,8 @@ def convert(
         file, manifest = write_gguf(source, output, gguf or GgufOptions(), requantize, progress)
         if verify:
             _gate_file(file, progress)
-        return ConvertedCheckpoint(file, manifest)
+        place = open_checkpoint(source).path
+        return ConvertedCheckpoint(file, after_gguf(file, manifest, place, verify, progress))
     if gguf is not None:
         raise LowbitError(f"--gguf-type and --stats are for --to gguf, not for --to {to}")
     directory = Path(output)

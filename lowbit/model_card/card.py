@@ -24,6 +24,8 @@ from lowbit.checkpoint.writer import write_bytes
 from lowbit.engines import ENGINES, engine_named, findings
 from lowbit.errors import LowbitError
 from lowbit.formats.base import StoredAs
+from lowbit.formats.gguf.checkpoint import GgufCheckpoint
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.table import layout_of
 from lowbit.model_card.commands import commands, method
 from lowbit.model_card.origin import CARD_NAME, ORIGIN, recorded_manifest
@@ -64,17 +66,32 @@ def write_card(directory: Path) -> bool:
         LowbitError: the checkpoint is damaged.
     """
     file = directory / CARD_NAME
+    return _write(file, _facts(Checkpoint.open(directory), recorded_manifest(directory)))
+
+
+def write_gguf_card(file: Path, manifest: Mapping[str, Any]) -> bool:
+    """Writes the card of a GGUF file into its folder; False where somebody else's stays.
+
+    Args:
+        file: in a folder of its own.
+        manifest: of the run that wrote it.
+    """
+    return _write(file.with_name(CARD_NAME), _facts(GgufCheckpoint.open_file(file), manifest))
+
+
+def _facts(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> _Facts:
+    layout = layout_of(checkpoint)
+    return _Facts(checkpoint, layout.name, layout.modules(checkpoint), manifest)
+
+
+def _write(file: Path, facts: _Facts) -> bool:
     if file.exists() and not _is_untouched(file):
         warnings.warn(
             f"{file}: was not written by lowbit, or edited since, so it stays as it is; move it "
             "away for a model card",
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
-    checkpoint = Checkpoint.open(directory)
-    layout = layout_of(checkpoint)
-    manifest = recorded_manifest(directory)
-    facts = _Facts(checkpoint, layout.name, layout.modules(checkpoint), manifest)
     write_bytes(file, _sealed(_metadata(facts), "\n".join(_body(facts))).encode())
     return True
 
@@ -120,11 +137,12 @@ def _metadata(facts: _Facts) -> str:
     bits = sorted({stored.scheme.bits for stored in facts.modules.values()})
     tags = ["lowbit", *([] if facts.layout == "lowbit" else [facts.layout])]
     tags += [f"{width}-bit" for width in bits]
+    tags = list(dict.fromkeys(tags))
     fields = dict(origin.get("metadata") or {})
     if origin.get("base_model"):
         fields["base_model"] = origin["base_model"]
         fields["base_model_relation"] = "quantized" if facts.modules else "finetune"
-    fields["library_name"] = "transformers"
+    fields["library_name"] = "gguf" if facts.layout == Gguf.name else "transformers"
     return ModelCardData(**fields, tags=tags).to_yaml() + "\n"
 
 
@@ -132,7 +150,8 @@ def _body(facts: _Facts) -> Iterator[str]:
     origin = facts.origin
     name = str(origin.get("name", facts.checkpoint.path.name))
     base = f"[{name}](https://huggingface.co/{name})" if origin.get("base_model") else f"`{name}`"
-    schemes = ", ".join(facts.schemes) or _dtype(facts)
+    types = (facts.manifest.get("summary") or {}).get("schemes", ())
+    schemes = ", ".join(types if facts.layout == Gguf.name else facts.schemes) or _dtype(facts)
     title = name.rpartition("/")[2]
     yield f"# {title}, {schemes}\n"
     made = "quantized" if facts.modules else "merged or decoded"
@@ -147,6 +166,9 @@ def _body(facts: _Facts) -> Iterator[str]:
         yield "\n## Made by\n\n```bash"
         yield from lines
         yield "```"
+    if facts.layout == Gguf.name:
+        yield "\nThe file has the SHA-256 of its own data; `lowbit verify` checks it."
+        return
     yield (
         f"\n`{MANIFEST_NAME}` has the SHA-256 of every file and what was measured of every weight; "
         "`lowbit verify` checks them."
@@ -155,7 +177,9 @@ def _body(facts: _Facts) -> Iterator[str]:
 
 def _rows(facts: _Facts) -> Iterator[tuple[str, str]]:
     yield "format", facts.layout
-    if facts.modules:
+    if facts.layout == Gguf.name:
+        yield from _gguf_rows(facts)
+    elif facts.modules:
         counts = [f"{scheme} ({count})" for scheme, count in facts.schemes.most_common()]
         yield "scheme (matrices)", ", ".join(counts)
         yield from _method(facts)
@@ -174,6 +198,17 @@ def _rows(facts: _Facts) -> Iterator[tuple[str, str]]:
         yield "in 16 or 32 bits", f"{plain / 1e6:,.1f} MB: embeddings, norms and what was left out"
     size = sum(file.stat().st_size for file in facts.checkpoint.files())
     yield "size on disk", f"{size / 1e6:,.1f} MB"
+
+
+def _gguf_rows(facts: _Facts) -> Iterator[tuple[str, str]]:
+    """Yields what a GGUF file holds: some of its types are no schemes here."""
+    summary = facts.manifest.get("summary") or {}
+    yield "types", ", ".join(summary.get("schemes", ()))
+    yield from _method(facts)
+    weights = summary.get("quantized_weights", 0)
+    if weights:
+        bits = summary["bits_per_weight"]
+        yield "bits per weight", f"{bits:.3f} in {weights:,} weights, scales included"
 
 
 def _method(facts: _Facts) -> Iterator[tuple[str, str]]:
@@ -204,9 +239,11 @@ def _measured(facts: _Facts) -> Iterator[str]:
     found = facts.manifest.get(EVALUATION) or facts.manifest.get("measured")
     yield "\n## Measured\n"
     if not isinstance(found, Mapping):
+        folder = facts.layout != Gguf.name
+        how, then = ("verify", " --card") if folder else ("eval", " --text TEXT")
         yield (
-            "Not yet. `lowbit verify FOLDER --against ORIGINAL --card` measures KL divergence, "
-            "perplexity and flips against the original, and puts them here."
+            f"Not yet. `lowbit {how} {_place(facts)} --against ORIGINAL{then}` measures KL "
+            f"divergence, perplexity and flips against the original{', and puts them here' * folder}."
         )
         return
     against = found.get("against", "base and adapter as PEFT computes them")
@@ -221,13 +258,14 @@ def _measured(facts: _Facts) -> Iterator[str]:
 
 def _loading(facts: _Facts) -> Iterator[str]:
     """Yields how every engine that serves it loads it, and why the others do not."""
+    place = _place(facts)
     yield "\n## Load\n"
     yield "On lowbit's kernels, in Python:\n\n```python"
     if facts.layout == "lowbit":
         yield "from transformers import AutoModelForCausalLM  # and `pip install lowbit`\n"
         yield 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n```'
     else:
-        yield 'import lowbit\n\nmodel = lowbit.load("FOLDER")\n```'
+        yield f'import lowbit\n\nmodel = lowbit.load("{place}")\n```'
     schemes = {name: stored.scheme for name, stored in facts.modules.items()}
     refused = []
     for name in ENGINES:
@@ -235,11 +273,15 @@ def _loading(facts: _Facts) -> Iterator[str]:
         if why:
             refused.append(f"- {why[0]}")
         elif name != "transformers" or facts.layout != "lowbit":
-            command = engine_named(name).command("FOLDER")
+            command = engine_named(name).command(place)
             yield f"\nIn {engine_named(name)}:\n\n```\n{command}\n```"
     if refused:
         yield "\nNot served as it is (`lowbit convert` makes other formats of it):\n"
         yield from refused
+
+
+def _place(facts: _Facts) -> str:
+    return f"FOLDER/{facts.checkpoint.path.name}" if facts.layout == Gguf.name else "FOLDER"
 
 
 def _refusals(engine: str, facts: _Facts, schemes: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.checkpoint import Checkpoint, write_json
-from lowbit.checkpoint.journal import JOURNAL_NAME
+from lowbit.checkpoint import Checkpoint, TensorEntry, write_json
+from lowbit.checkpoint.journal import CHECKSUM, JOURNAL_NAME
 from lowbit.checkpoint.mark import MARK, marked_config, real_config
 from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
 from lowbit.errors import LowbitError, VerificationError
@@ -35,6 +35,8 @@ from lowbit.verification.stored import (
 )
 
 GGUF = ".gguf"
+# A file has no config.json to be marked in: it gets another name, which no loader looks for.
+BAD = ".bad"
 
 
 def verify(
@@ -47,6 +49,7 @@ def verify(
     windows: int = 16,
     probe: bool = True,
     model: nn.Module | None = None,
+    written: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Report:
@@ -61,6 +64,7 @@ def verify(
         windows: at most so many.
         probe: run a few tokens through the model; False checks files and weights only.
         model: the model that was saved, to compare its logits too.
+        written: module -> checksum of its weight in memory, of a GGUF file, which has no manifest.
         device: where the probe runs; the CPU by default.
         progress: show a progress bar on standard error.
 
@@ -69,13 +73,12 @@ def verify(
             with one is in the report.
     """
     path = Path(path)
-    if path.suffix == GGUF and not path.is_dir():
-        return _verify_gguf(path)
     if max_kl is not None and against is None:
         raise LowbitError("--max-kl is a limit for the divergence from an original; add --against")
     where = device or torch.device("cpu")
     with RunProgress(progress) as bar, _without_mark(path) as directory:
-        report = _Verification(directory, probe, model, where, bar).run()
+        verification = _Verification(directory, probe, model, where, bar)
+        report = verification.run_file(written) if directory.suffix == GGUF else verification.run()
         if against is not None:
             comparison = Comparison(against, max_kl, text, seqlen, windows)
             report = _compared(report, comparison, str(directory), where, bar)
@@ -86,14 +89,16 @@ def gate(
     path: str | Path,
     *,
     model: nn.Module | None = None,
+    written: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Report:
     """Returns the report of a checkpoint that was just written and passes; marks one that fails.
 
     Args:
-        path: folder of the checkpoint, or a GGUF file, which cannot be marked.
+        path: folder of the checkpoint, or a GGUF file, which is marked by `.bad` after its name.
         model: the model that was saved, where it is in memory.
+        written: module -> checksum of its weight in memory, of a GGUF file.
         device: where the probe runs; the CPU by default.
         progress: show a progress bar on standard error.
 
@@ -101,16 +106,16 @@ def gate(
         VerificationError: it fails a check. Nothing is deleted; until a `lowbit verify` passes, no
             reader takes it.
     """
-    report = verify(path, model=model, device=device, progress=progress)
+    report = verify(path, model=model, written=written, device=device, progress=progress)
     settle_mark(report)
     if report.ok:
         return report
     name, detail = next(iter(report.failed.items()))
     more = f", and {len(report.failed) - 1} other checks" if len(report.failed) > 1 else ""
-    kept = "keep it from use" if Path(path).suffix == GGUF else "it is marked, so nothing loads it"
+    marked = f"{path}{BAD}" if Path(path).suffix == GGUF else path
     raise VerificationError(
-        f"{path}: was written, but fails verification ({name}: {detail}{more}); {kept}, and all "
-        f"files are kept for `lowbit verify {path}`"
+        f"{path}: was written, but fails verification ({name}: {detail}{more}); it is marked, so "
+        f"nothing loads it, and all files are kept for `lowbit verify {marked}`"
     )
 
 
@@ -119,6 +124,14 @@ def settle_mark(report: Report) -> bool:
 
     Returns whether anything was changed.
     """
+    if report.path.suffix in (GGUF, BAD) and report.path.is_file():
+        if report.ok == (report.path.suffix == GGUF):
+            return False
+        name = report.path.name
+        report.path.rename(
+            report.path.with_name(name.removesuffix(BAD) if report.ok else name + BAD)
+        )
+        return True
     file = report.path / CONFIG_NAME
     if not file.is_file():
         return False
@@ -140,6 +153,12 @@ def _without_mark(path: Path) -> Iterator[Path]:
 
     The mark itself stays until everything has passed; a run that is killed must not clear it.
     """
+    if path.name.endswith(GGUF + BAD) and path.is_file():
+        with tempfile.TemporaryDirectory(prefix="lowbit-verify-") as folder:
+            link = Path(folder) / path.name.removesuffix(BAD)
+            link.symlink_to(path.resolve())
+            yield link
+        return
     if not path.is_dir() or MARK not in read_json(path / CONFIG_NAME, "a checkpoint has one"):
         yield path
         return
@@ -176,6 +195,8 @@ class _Verification:
         self.directory, self.probe, self.model = directory, probe, model
         self.device, self.bar = device, bar
         self.checks = Checks()
+        self.manifest: dict[str, Any] | None = None
+        self.broken: list[tuple[TensorEntry, str]] = []
 
     def run(self) -> Report:
         """Returns the report."""
@@ -197,6 +218,24 @@ class _Verification:
         self.checks.run("quantized", lambda: check_quantized(self.subject, self.view))
         self._weights()
         return self._report()
+
+    def run_file(self, written: Mapping[str, str] | None) -> Report:
+        """Returns the report of a GGUF file, which has checks of its own and then the same."""
+        from lowbit.formats.gguf import verify_file
+        from lowbit.formats.reading import open_checkpoint
+
+        if not self.directory.is_file():
+            raise LowbitError(f"{self.directory}: no such file; give a GGUF file or a folder")
+        own = [Check(*row) for row in verify_file(self.directory)]
+        self.checks.rows += own
+        reports = {name: {CHECKSUM: checksum} for name, checksum in (written or {}).items()}
+        self.manifest = {"parts": {"": {"modules": reports}}} if reports else None
+        if all(check.passed for check in own):
+            self.checkpoint = open_checkpoint(self.directory)
+            self.layout = layout_of(self.checkpoint)
+            if self.checks.run("layout", self._layout):
+                self._weights()
+        return Report(self.directory, "gguf", tuple(self.checks.rows))
 
     def _report(self) -> Report:
         return Report(self.directory, self.layout.name, tuple(self.checks.rows))
@@ -227,7 +266,7 @@ class _Verification:
         # On a CPU, float32 is exact and as fast as anything; see `pipeline/source.py`.
         self.view = ModelView(self.checkpoint, torch.float32)
         modules = self.layout.modules(self.checkpoint)
-        if not modules and self.layout.name != "bf16":
+        if not modules and self.layout.name not in ("bf16", "gguf"):
             raise LowbitError(f"config.json says {self.layout.name}, but no tensor is quantized so")
         for name, stored in modules.items():
             shape = self.view.module(name).shape
@@ -319,11 +358,3 @@ def _compared(
     checks.run("divergence", lambda: judge(measured, comparison.max_kl))
     record = {"against": comparison.against, **measured.to_dict(), "max_kl": comparison.max_kl}
     return Report(report.path, report.layout, tuple(checks.rows), record)
-
-
-def _verify_gguf(path: Path) -> Report:
-    """Returns the report of a GGUF file."""
-    from lowbit.formats.gguf import verify_file
-
-    checks = tuple(Check(name, passed, detail) for name, passed, detail in verify_file(path))
-    return Report(path, "gguf", checks)
