@@ -177,6 +177,7 @@ def test_files_that_lie_are_refused_before_anything_is_written(tmp_path: Path) -
         "is truncated": whole[:-1],
         "too few for its header": (1 << 60).to_bytes(8, "little") + whole[8:],
         "does not fit its": broken(lambda h: h[scales].update(shape=[1 << 40, 1 << 40])),
+        "is corrupt": broken(lambda h: h[scales].update(shape=[1] * 70 + h[scales]["shape"])),
         "overlaps or leaves a hole": broken(lambda h: h[scales].update(data_offsets=[0, 192])),
     }
     for message, content in cases.items():

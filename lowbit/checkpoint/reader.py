@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 # `status` in the quantization_config of an output directory until its manifest is written.
 IN_PROGRESS = "in progress"
 HASH_CHUNK_BYTES = 1 << 22
+MAX_DIMENSIONS = 64  # torch has no more
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -365,7 +366,7 @@ def _entry(file: Path, name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         plain = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        plain = plain and isinstance(dtype_name, str)
+        plain = plain and isinstance(dtype_name, str) and len(shape) <= MAX_DIMENSIONS
     except (KeyError, TypeError, ValueError):
         plain = False
     if not plain:
