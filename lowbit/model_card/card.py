@@ -239,11 +239,12 @@ def _measured(facts: _Facts) -> Iterator[str]:
     found = facts.manifest.get(EVALUATION) or facts.manifest.get("measured")
     yield "\n## Measured\n"
     if not isinstance(found, Mapping):
-        folder = facts.layout != Gguf.name
-        how, then = ("verify", " --card") if folder else ("eval", " --text TEXT")
+        how, end = "verify {} --against ORIGINAL --card", ", and puts them here."
+        if facts.layout == Gguf.name:
+            how, end = "eval {} --against ORIGINAL --text TEXT", "."
         yield (
-            f"Not yet. `lowbit {how} {_place(facts)} --against ORIGINAL{then}` measures KL "
-            f"divergence, perplexity and flips against the original{', and puts them here' * folder}."
+            f"Not yet. `lowbit {how.format(_place(facts))}` measures KL divergence, perplexity and "
+            f"flips against the original{end}"
         )
         return
     against = found.get("against", "base and adapter as PEFT computes them")
