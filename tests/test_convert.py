@@ -12,6 +12,7 @@ from tiny_models import build_tiny, make_tiny
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.formats import conversion
@@ -209,6 +210,8 @@ def with_act_order(path: Path, out: Path) -> torch.Tensor:
     out.mkdir()
     shuffled = torch.empty(0)
     for file in path.iterdir():
+        if file.name == MANIFEST_NAME:
+            continue  # it is a checkpoint of another tool now
         if file.suffix != ".safetensors":
             (out / file.name).write_bytes(file.read_bytes())
             continue
