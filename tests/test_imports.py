@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "nn",
         "models",
     },
-    "engines": {"errors", "scheme", "allocation", "nn", "models", "formats"},
+    "engines": {"errors", "scheme", "allocation", "checkpoint", "nn", "models", "formats"},
     "hf": {
         "errors",
         "memory",

@@ -10,13 +10,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lowbit.cli.options import Engine, Resume, TensorParallel, Verify, require_engine
+from lowbit.cli.options import (
+    Engine,
+    Resume,
+    TensorParallel,
+    Verify,
+    print_serve,
+    require_engine,
+    require_read,
+)
 from lowbit.cli.quantize import exit_interrupted
 from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
 # Of a long list, so many lines are shown.
 SHOWN = 8
+GGUF = "gguf"
 
 
 def convert_command(
@@ -77,7 +86,10 @@ def convert_command(
     from lowbit.formats.conversion import convert
     from lowbit.formats.gguf.writing import GgufOptions
 
-    if engine is not None:
+    if engine is not None and (gguf_type or stats):
+        to = to or GGUF  # codes are chosen anew, so nothing of the source limits them
+        require_read(engine, to)
+    elif engine is not None:
         to = _format_for(source, engine, tp, to, requantize)
     elif to is None:
         raise LowbitError("give the format (--to gptq) or what will serve it (--for vllm)")
@@ -120,8 +132,6 @@ def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     size = sum(file.stat().st_size for file in files)
     table.add_row("written", str(path))
     table.add_row("format", summary["format"])
-    if "serve" in summary:
-        table.add_row("serve it", summary["serve"])
     table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
     table.add_row("stored as", ", ".join(summary["schemes"]))
     table.add_row("kept bit for bit", f"{summary['exact']} weights")
@@ -132,3 +142,4 @@ def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     if len(rounded) > SHOWN:
         table.add_row("", f"and {len(rounded) - SHOWN} more, see --json")
     screen().print(table)
+    print_serve(summary)

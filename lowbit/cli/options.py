@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.screen import screen
 from lowbit.errors import LowbitError
 
 Model = Annotated[str, typer.Argument(help="Folder of a decoder in safetensors, or a hub name.")]
@@ -59,3 +60,23 @@ def require_engine(engine: str | None, tensor_parallel: int) -> None:
         engine_named(engine)
     elif tensor_parallel != 1:
         raise LowbitError("--tp is for an engine; name it too, for example --for vllm --tp 2")
+
+
+def require_read(engine: str, layout: str) -> None:
+    """Refuses a format that an engine does not read.
+
+    Raises:
+        LowbitError: naming those that it reads.
+    """
+    from lowbit.engines import engine_named
+
+    found = engine_named(engine)
+    if layout not in found.formats:
+        known = ", ".join(found.formats)
+        raise LowbitError(f"--for {engine}: {found} does not read {layout}; it reads {known}")
+
+
+def print_serve(summary: dict[str, Any]) -> None:
+    """Prints the command that serves a checkpoint, on one line to be copied."""
+    if "serve" in summary:
+        screen().print(f" serve it: {summary['serve']}", soft_wrap=True, highlight=False)

@@ -27,6 +27,7 @@ from lowbit.cli.options import (
     TensorParallel,
     TextField,
     Verify,
+    print_serve,
     require_engine,
 )
 from lowbit.cli.screen import screen
@@ -253,9 +254,9 @@ def _print_summary(path: Path, method: str, summary: dict[str, Any]) -> None:
     table.add_row("schemes", ", ".join(summary["schemes"]))
     table.add_row("quantized weights", f"{summary['quantized_weights']:,}")
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (scales included)")
-    for key, title in (("format", "format"), ("serve", "serve it")):
-        if key in summary:
-            table.add_row(title, summary[key])
+    if "format" in summary:
+        table.add_row("format", summary["format"])
     for name, reason in summary["fallbacks"].items():
         table.add_row("[yellow]fell back[/]", f"{name}: {reason}")
     screen().print(table)
+    print_serve(summary)

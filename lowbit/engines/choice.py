@@ -12,6 +12,8 @@ from lowbit.engines.linter import Checkpoint, Verdict, examine, listed
 from lowbit.engines.weights import EMBEDDING, HEAD, LINEAR
 from lowbit.errors import LowbitError
 from lowbit.formats import model_view as view_kinds
+from lowbit.formats.gguf.architectures import architecture_of
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import wrong_kind
 from lowbit.formats.table import LAYOUTS, layout_named
@@ -161,6 +163,12 @@ def _unheld(given: Checkpoint, layout: str) -> Iterator[str]:
     """Yields why a format cannot hold weights, modules that are refused alike together."""
     if layout == Lowbit.name:
         return
+    if layout == Gguf.name and given.model.model_type is not None:
+        try:
+            architecture_of(given.model.model_type, layout)
+        except LowbitError as error:
+            yield str(error)
+            return
     found: dict[str, list[str]] = {}
     for weight in given.quantized:
         assert weight.scheme is not None

@@ -112,6 +112,7 @@ class Model:
         experts: module that fuses experts -> (their intermediate size, the hidden size).
         dtype: of the weights that are not quantized, "bfloat16" for example; None if not named.
         conv1d: GPT-2's layers, which store their weight the other way round.
+        model_type: of the config.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -122,6 +123,7 @@ class Model:
     experts: Mapping[str, tuple[int, int]] | None = None
     dtype: str | None = None
     conv1d: frozenset[str] = frozenset()
+    model_type: str | None = None
 
     def kind(self, name: str) -> str:
         """Returns the kind of a module."""
@@ -191,6 +193,7 @@ def described(model: PreTrainedModel) -> Model:
         *_heads(model.config.to_dict()),
         experts,
         conv1d=frozenset(n for n, m in model.named_modules() if weight_is_transposed(m)),
+        model_type=model.config.model_type,
     )
 
 

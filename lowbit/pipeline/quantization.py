@@ -14,6 +14,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import threads_of_run
 from lowbit.engines.choice import Target
 from lowbit.errors import LowbitError
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.loading import choose_device
 from lowbit.model_card.saving import after_save
@@ -173,7 +174,9 @@ def quantize(
         warn_of_few_tokens(counted if stored is None else stored.summary()["tokens"], widths)
     plan = Plan(decoder, selected, recipe, tokens, config, directory, stored, allocated)
     with threads_of_run(directory):
-        serving.execute(plan, layout, resume, progress)
+        made = serving.execute(plan, layout, resume, verify, progress)
+    if layout == Gguf.name:
+        return made  # one file, checked and described as such
     name = None if isinstance(model, Checkpoint) else str(model)
     manifest = after_save(directory, checkpoint.path, name, verify, progress, where)
     return QuantizedCheckpoint(directory, manifest)

@@ -22,6 +22,7 @@ from lowbit.engines.choice import Target, with_scheme
 from lowbit.engines.linter import Checkpoint as Given
 from lowbit.engines.weights import described, dtype_of
 from lowbit.errors import LowbitError
+from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.own import Lowbit
 from lowbit.hf.config import LowbitConfig
 from lowbit.model_card.origin import ORIGIN
@@ -72,24 +73,19 @@ class Serving:
         assert self.target is not None
         usual = Scheme.parse(config.scheme)
         scheme = self.target.scheme(usual, given)
-        if scheme != usual:
-            warnings.warn(
-                f"{self.target}: the scheme is {scheme}, for the engine casts scales to the dtype "
-                f"of the model ({given.model.dtype})",
-                stacklevel=4,
-            )
         given, layout = with_scheme(given, scheme), self.target.layouts[0]
         reasons = self.target.verdict(given, layout).findings
         nearest = self.target.nearest(given, layout) if reasons else scheme
         if nearest is None:
             self.target.serve(given)
-        elif reasons:
-            warnings.warn(
-                f"{self.target}: the scheme is {nearest}, for {scheme} would be refused "
-                f"({self.target.shown(reasons)})",
-                stacklevel=4,
-            )
-        return _with_scheme(config, nearest or scheme)
+            raise AssertionError(f"{self.target}: {layout} is refused and is not")
+        if reasons:
+            why = f"for {scheme} would be refused ({self.target.shown(reasons)})"
+        else:
+            why = f"for the engine casts scales to the dtype of the model ({given.model.dtype})"
+        if nearest != usual:
+            warnings.warn(f"{self.target}: the scheme is {nearest}, {why}", stacklevel=4)
+        return _with_scheme(config, nearest)
 
     def allowed(self, allocation: Allocation, config: LowbitConfig) -> Allocation:
         """Returns `allocation` with the options that the engine serves.
@@ -140,8 +136,14 @@ class Serving:
             warnings.warn(sentence, stacklevel=3)
         return served.layout
 
-    def execute(self, plan: Plan, layout: str, resume: bool, progress: bool) -> QuantizedCheckpoint:
-        """Returns the finished checkpoint of `plan`, in the format `layout`."""
+    def execute(
+        self, plan: Plan, layout: str, resume: bool, verify: bool, progress: bool
+    ) -> QuantizedCheckpoint:
+        """Returns the finished checkpoint of `plan`, in the format `layout`.
+
+        Only a GGUF file is verified here, if it is to be; what is in a folder is checked by whoever
+        asked for it.
+        """
         from lowbit.pipeline.plan import QuantizedCheckpoint
 
         if layout == Lowbit.name:
@@ -154,11 +156,22 @@ class Serving:
         if resume and finished is not None and not staging.exists():
             return _again(plan, output, finished)
         quantized = dataclasses.replace(plan, directory=staging).execute(resume, progress)
-        made = convert(staging, output, layout, resume=resume, verify=False, progress=progress)
+        is_file = layout == Gguf.name
+        made = convert(
+            staging,
+            output,
+            layout,
+            # Q4_1 has scale times zero point in fp16, which holds most of them only nearly.
+            requantize=is_file,
+            resume=resume and not is_file,
+            verify=verify and is_file,
+            progress=progress,
+        )
         # Made of the model, not of the folder beside the output.
         own = {key: value for key, value in made.manifest.items() if key != ORIGIN}
         manifest = {**own, QUANTIZED: quantized.manifest}
-        write_json(made.path / MANIFEST_NAME, manifest)
+        if not is_file:
+            write_json(made.path / MANIFEST_NAME, manifest)
         shutil.rmtree(staging)
         return QuantizedCheckpoint(made.path, manifest)
 
