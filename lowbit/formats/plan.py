@@ -248,7 +248,9 @@ def _written(
     """Returns what the config is written for."""
     kept = {name: plan for name, plan in targets.items() if plan.scheme is not None}
     if isinstance(target, Lowbit):
-        schemes = {plan.view.name: plan.scheme for plan in kept.values() if plan.scheme}
+        # In the order of the model: the first one names the tensor that marks our checkpoints.
+        found = {plan.view.name: plan.scheme for plan in kept.values() if plan.scheme}
+        schemes = {name: found[name] for name, _ in view.model.named_modules() if name in found}
         return Written(
             schemes, tuple(view.plain_linears(schemes)), view.head, view.embedding, False
         )
