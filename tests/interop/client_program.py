@@ -1,4 +1,4 @@
-"""Runs in the environment of a client, where lowbit is not imported; one JSON object asks.
+"""Runs in the environment of a client, where lowbit is not imported; a line of JSON asks.
 
 The answer is `answer.safetensors` in the folder `out`: `logits`, and `weights.<module>`, each layer
 as the client decodes it.
@@ -7,7 +7,9 @@ as the client decodes it.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +176,26 @@ def write_autoround(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     } or {"nothing": torch.zeros(1)}
 
 
-def main(asked: dict[str, Any]) -> None:
-    """Does what was asked for."""
-    answer = globals()[asked["do"]](asked)
+def answer(asked: dict[str, Any]) -> None:
+    """Does what was asked for and writes the answer."""
+    made = globals()[asked["do"]](asked)
     assert "lowbit" not in sys.modules
-    tensors = {name: tensor.contiguous().clone() for name, tensor in answer.items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in made.items()}
     save_file(tensors, Path(asked["out"]) / "answer.safetensors")
 
 
+def main() -> None:
+    """Answers one request a line, until there are no more; imports take longer than requests."""
+    saying = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    for line in sys.stdin:
+        try:
+            answer(json.loads(line))
+            reply = ""
+        except Exception:
+            reply = traceback.format_exc()[-3000:]
+        print(json.dumps(reply), file=saying, flush=True)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import select
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -48,9 +51,26 @@ def ask(client: str, out: Path, **request: Any) -> dict[str, Tensor]:
     out.mkdir(parents=True, exist_ok=True)
     asked = {key: str(v) if isinstance(v, Path) else v for key, v in request.items()}
     asked |= {"out": str(out), "ids": IDS.tolist()}
-    interpreter = require(client)
-    done = subprocess.run(
-        [interpreter, str(PROGRAM), json.dumps(asked)],
+    process = started(require(client))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(asked) + "\n")
+    process.stdin.flush()
+    ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+    line = process.stdout.readline() if ready else ""
+    if not line:
+        process.kill()
+        started.cache_clear()
+        raise AssertionError(f"{client}: no answer, status {process.wait()}")
+    assert json.loads(line) == "", json.loads(line)
+    return load_file(out / "answer.safetensors")
+
+
+@functools.cache
+def started(interpreter: str) -> subprocess.Popen[str]:
+    """Returns a client that waits for requests, one for all tests: importing takes longer."""
+    process = subprocess.Popen(
+        [interpreter, str(PROGRAM)],
         env={
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -60,13 +80,13 @@ def ask(client: str, out: Path, **request: Any) -> dict[str, Tensor]:
             "HOME": os.environ.get("HOME", ""),
             "PATH": os.pathsep.join([str(Path(interpreter).parent), os.environ.get("PATH", "")]),
         },
-        cwd=out,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-        timeout=SECONDS,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out / "answer.safetensors")
+    atexit.register(process.kill)
+    return process
 
 
 def model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
