@@ -20,6 +20,7 @@
 #   BENCH_PYTHON=python3  what runs bench-gpu, instead of .venv: nothing is installed then
 #   BENCH='--tune'        arguments of bench-gpu or bench-cpu
 #   FUZZ=10               minutes of fuzz
+#   INTEROP='--clients gptqmodel'  arguments of scripts/interop.py
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -30,6 +31,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
 FUZZ ?= 60
+INTEROP ?=
 NATIVE := kernels/lowbit_kernels/cpu
 
 .PHONY: help demo demo-finetune test test-interop fuzz lint sanitize bench-gpu bench-cpu clean
@@ -46,6 +48,9 @@ demo-finetune: $(VENV)/installed-finetune $(VENV)/compiled
 
 test: $(VENV)/installed-dev $(VENV)/compiled
 	$(BIN)/python -m pytest
+
+test-interop: $(VENV)/installed-dev $(VENV)/compiled
+	$(BIN)/python -m scripts.interop $(INTEROP)
 
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m scripts.fuzz_formats --minutes $(FUZZ)

@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError
 from scripts import command_line
 from scripts.provenance import RESULTS, ROOT
 from scripts.tables.finetuning import finetune, finetune_memory, qlora
+from scripts.tables.formats import fuzz, interop
 from scripts.tables.machine import cpu, kernels, kill_resume, memory
 from scripts.tables.peers import peers, peers_short
 from scripts.tables.quality import activations, allocation, quality
@@ -39,6 +40,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "finetune": finetune,
     "finetune_memory": finetune_memory,
     "qlora": qlora,
+    "interop": interop,
+    "fuzz": fuzz,
 }
 
 
