@@ -71,13 +71,20 @@ class Recipe:
         return algorithm_options(self.algorithm)
 
 
+# Only for what has outlier channels: elsewhere it gains next to nothing and is left out, so that
+# codes stand for the model's own weights.
+OUTLIERS = AWQ(steps=10, tokens=4096, least_gain=0.1)
+
 # How much a run may take for a better result; `docs/design/tuning.md` has what each gives.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(GPTQ()),
-    "balanced": Recipe(GPTQ(sweeps=2), mismatch=True, tuning=BlockTuning(iterations=150)),
+    "balanced": Recipe(
+        GPTQ(sweeps=2), mismatch=True, fold=OUTLIERS, tuning=BlockTuning(iterations=150)
+    ),
     "best": Recipe(
         GPTQ(sweeps=4),
         mismatch=True,
+        fold=OUTLIERS,
         tuning=BlockTuning(iterations=150),
         end_to_end=ScaleTuning(steps=100, evaluations=5),
     ),

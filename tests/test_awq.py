@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,10 +206,53 @@ def test_overflowing_activations_are_left_out() -> None:
     assert all(parameter.isfinite().all() for parameter in view.module.parameters())
 
 
+def test_too_little_a_gain_folds_nothing() -> None:
+    view = make_view("llama", outliers=True)
+    before = {n: p.clone() for n, p in view.module.named_parameters()}
+    gains = [1 - p["loss"] / p["loss_unfolded"] for p in AWQ(steps=4).fold(view)["points"]]
+    for name, parameter in view.module.named_parameters():
+        parameter.data = before[name].clone()
+    between = (max(gains) + sorted(gains)[-2]) / 2
+    report = AWQ(steps=4, least_gain=between).fold(view)
+    assert [point["exponent"] > 0 for point in report["points"]] == [g > between for g in gains]
+    untouched = [n for n in before if f"{view.name}.{n}" not in report["changed"]]
+    assert 0 < len(untouched) < len(before)
+    assert all(torch.equal(view.module.get_parameter(n), before[n]) for n in untouched)
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_the_config_names_a_fold_only_if_something_was_folded(
+    outliers: bool, tmp_path: Path
+) -> None:
+    model = make_tiny("llama", torch.bfloat16)
+    for block in find_decoder_layers(model)[1] if outliers else ():
+        with_outliers(block)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(1, 255, (8, 48), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": ids.to(torch.int32)}, tmp_path / "tokens.safetensors")
+    result = lowbit.quantize(
+        tmp_path / "model", tmp_path / "out", scheme="W4A16_G32",
+        quality=Recipe(GPTQ(), mismatch=True, fold=AWQ(steps=4, least_gain=0.5)),
+        calibration=tmp_path / "tokens.safetensors", samples=8, seqlen=48, progress=False,
+    )  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    recipe = config["quantization_config"]["recipe"]
+    assert recipe["mismatch"]
+    assert ("fold" in recipe) == outliers
+    assert "fold" in result.manifest["fingerprint"]["options"]["recipe"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"tokens": 0}])
 def test_bad_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(LowbitError, match="at least 1"):
         AWQ(**options)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_bad_share_is_refused(share: float) -> None:
+    with pytest.raises(LowbitError, match="share"):
+        AWQ(least_gain=share)
 
 
 def test_users_name_awq_like_an_algorithm() -> None:

@@ -115,8 +115,20 @@ class Plan:
         write_index(self.directory, files)
         write_side_files(self.decoder.checkpoint.path, self.directory)
         write_json(self.directory / MANIFEST_NAME, self._manifest(journal))
-        self._write_config({"manifest": MANIFEST_NAME})
+        self._write_config({"manifest": MANIFEST_NAME, **self._done(journal)})
         journal.remove()
+
+    def _done(self, journal: Journal) -> dict[str, Any]:
+        """Returns the recipe without a fold that has changed nothing.
+
+        What reads the config knows by it whether the codes stand for the model's own weights.
+        """
+        recipe = dict(self.config.recipe or {})
+        folds = [part["fold"] for part in journal.parts.values() if "fold" in part]
+        if "fold" not in recipe or any(report["changed"] for report in folds):
+            return {}
+        del recipe["fold"]
+        return {"recipe": recipe}
 
     def _batch_tokens(self) -> int:
         """Returns how many tokens are run at once.
@@ -199,7 +211,7 @@ class Plan:
         needed -= sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
         require_space(self.directory, needed, "a result")
 
-    def _write_config(self, state: dict[str, str]) -> None:
+    def _write_config(self, state: dict[str, Any]) -> None:
         """Writes `config.json`: the source's, with ours and `state` as `quantization_config`."""
         content = dict(self.decoder.checkpoint.config)
         content["quantization_config"] = {**self.config.to_dict(), **state}

@@ -41,16 +41,21 @@ class AWQ:
     Args:
         steps: number of exponents.
         tokens: an exponent is judged on the first batches with at least this many tokens.
+        least_gain: share of the error with no fold that the best exponent must take away, else
+            nothing is folded.
 
     Raises:
-        LowbitError: for less than one step or token.
+        LowbitError: for less than one step or token, or a share that is not in [0, 1).
     """
 
     name: ClassVar[str] = "awq"
     steps: int = 20
     tokens: int = 8192
+    least_gain: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least_gain < 1:
+            raise LowbitError(f"awq: least_gain is a share in [0, 1), got {self.least_gain}")
         if self.steps < 1 or self.tokens < 1:
             raise LowbitError(
                 f"awq: got {self.steps} steps and {self.tokens} tokens; give at least 1 of each"
@@ -71,6 +76,8 @@ class AWQ:
                 continue
             search = _Search(view, fold, schemes, self.tokens)
             exponent, loss, unfolded = search.best(self.steps)
+            if loss > (1 - self.least_gain) * unfolded:
+                exponent, loss = 0.0, unfolded
             source = fold.point.source
             points.append(
                 {"source": source, "exponent": exponent, "loss": loss, "loss_unfolded": unfolded}
