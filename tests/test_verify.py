@@ -399,3 +399,28 @@ def test_the_release_gate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "above the limit" in last["detail"]
     # A limit is for this run: it marks nothing.
     assert verify(made / "W4A16_G32").ok
+
+
+def test_a_bad_gguf_file_gets_another_name(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    out, bad = tmp_path / "x.gguf", tmp_path / "x.gguf.bad"
+    source = tmp_path / "q"
+    shutil.copytree(made / "W4A16_G32", source)
+    (source / "tokenizer_config.json").unlink()  # of no tokenizer
+    real = QuantLinear.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantLinear, "forward", lambda self, x: real(self, x) * 1.01)
+        assert status(["convert", str(source), str(out), "--to", "gguf"]) == 3
+        assert status(["verify", str(bad)]) == 3
+    assert not out.exists()
+    assert bad.exists()
+    assert status(["verify", str(bad)]) == 0
+    report = verify(out)
+    assert report.ok
+    assert checks(report)["probe"]
+    content = bytearray(out.read_bytes())
+    content[-40] ^= 1
+    out.write_bytes(content)
+    assert "digest" in verify(out).failed
