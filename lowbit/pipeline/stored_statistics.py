@@ -255,6 +255,7 @@ def _is_fingerprint(fingerprint: dict[str, Any]) -> bool:
         and isinstance(model, dict)
         and isinstance(model.get("config"), str)
         and isinstance(model.get("weights"), dict)
+        and all(isinstance(digest, str) for digest in model["weights"].values())
     )
 
 
