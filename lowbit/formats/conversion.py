@@ -34,7 +34,7 @@ from lowbit.checkpoint.journal import (
     refuse_occupied,
 )
 from lowbit.checkpoint.reader import SINGLE_NAME, file_digest
-from lowbit.errors import LowbitError, VerificationError
+from lowbit.errors import LowbitError
 from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
 from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.gguf.tokenizer import write_tokenizer
@@ -55,8 +55,6 @@ from lowbit.scheme import SCALE_DTYPES
 # The longest of all names of tensors, and how many of them a module has at most.
 LONGEST_SUFFIX = "weight.quant_state.bitsandbytes__nf4"
 MOST_TENSORS = 8
-# Nothing takes a file of such a name for a GGUF file.
-BAD_SUFFIX = ".bad"
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,6 @@ def convert(
         if resume:
             raise LowbitError("a GGUF file is written as a whole; leave out --resume")
         file, manifest = write_gguf(source, output, gguf or GgufOptions(), requantize, progress)
-        if verify:
-            _gate_file(file, progress)
         place = open_checkpoint(source).path
         return ConvertedCheckpoint(file, after_gguf(file, manifest, place, verify, progress))
     if gguf is not None:
@@ -335,18 +331,6 @@ def _needed_bytes(plan: ConversionPlan) -> int:
         weights = math.prod(stored.shape)
         needed += 2 * weights if scheme is None else 1.1 * scheme.stored_bytes(stored.shape)
     return others + int(needed)
-
-
-def _gate_file(file: Path, progress: bool) -> None:
-    """Verifies a GGUF file; one that fails gets another name, for it has no place for a mark."""
-    from lowbit.verification import gate  # it reads formats, which import what saves
-
-    try:
-        gate(file, progress=progress)
-    except VerificationError as error:
-        bad = file.with_name(file.name + BAD_SUFFIX)
-        file.replace(bad)
-        raise VerificationError(f"{error}; it is called {bad.name} now") from None
 
 
 def _warn_of_decoded(plan: ConversionPlan) -> None:
