@@ -321,3 +321,16 @@ def test_loading_names_the_damaged_tensor(models: Path, tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(LowbitError, match=rf"{file.name}: tensor '{UP}.scales' holds NaN"):
         lowbit.load(out)
+
+
+def test_what_other_tools_say_of_the_quantization_is_not_carried_along(
+    models: Path, tmp_path: Path
+) -> None:
+    source = lowbit.convert(
+        quantized(models, "W4A16_G32"), tmp_path / "gptq", "gptq", progress=False
+    ).path
+    for name in ("quantize_config.json", "quant_config.json", "quantization_config.json"):
+        (source / name).write_text('{"bits": 4, "checkpoint_format": "gptq"}')
+    out = lowbit.convert(source, tmp_path / "v2", "gptq_v2", progress=False).path
+    assert not list(out.glob("quant*.json"))
+    assert (out / "tokenizer.json").exists()

@@ -24,7 +24,11 @@ from lowbit.scheme import Scheme
 
 # Beside the weights, what a model needs to be used: tokenizer, templates, generation settings.
 _SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_NOT_COPIED = ("config.json", MANIFEST_NAME, JOURNAL_NAME, "finetune.json")
+# What other tools keep their quantization in: GPTQModel believes such a file before config.json.
+_QUANTIZATION_OF_OTHERS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_NOT_COPIED = (
+    "config.json", MANIFEST_NAME, JOURNAL_NAME, "finetune.json", *_QUANTIZATION_OF_OTHERS,
+)  # fmt: skip
 # The largest tokenizers have 35 MB; what is far beyond that is a corpus.
 _MAX_SIDE_FILE_BYTES = 1 << 26
 
