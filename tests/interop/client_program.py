@@ -107,7 +107,9 @@ def gptqmodel_answer(folder: str, asked: dict[str, Any]) -> dict[str, torch.Tens
     """Loads a checkpoint with GPTQModel; its plain kernel decodes and multiplies."""
     from gptqmodel import BACKEND, GPTQModel
 
-    loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND(asked["backend"]))
+    # Left alone it takes bf16 on a CPU, and rounds scales to that.
+    options = {"device": "cpu", "dtype": torch.float16, "backend": BACKEND(asked["backend"])}
+    loaded = GPTQModel.load(folder, **options)
     model = loaded.model
     answer = {"logits": logits_of(model, asked)}
     for name, module in model.named_modules():
@@ -136,13 +138,13 @@ def load_gptqmodel(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def write_gptqmodel(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Quantizes with GPTQModel, saves, and loads what it saved."""
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(asked["model"], QuantizeConfig(device="cpu", **asked["config"]))
     ids = calibration(model.model.config.vocab_size)
     mask = [1] * ids.shape[1]
     rows = [{"input_ids": row, "attention_mask": mask} for row in ids.tolist()]
-    model.quantize(rows, batch_size=4)
+    model.quantize(rows, batch_size=4, backend=BACKEND(asked["backend"]))
     written = Path(asked["out"]) / "written"
     model.save(str(written))
     return gptqmodel_answer(str(written), asked)

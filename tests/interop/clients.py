@@ -76,6 +76,7 @@ def started(interpreter: str) -> subprocess.Popen[str]:
             "OMP_NUM_THREADS": "1",
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # lowbit may be installed, and must stay out
             "GPTQMODEL_CPU_WORKERS": "2",  # its pool wants two, whatever the number of cores
+            "TORCH_COMPILE_DISABLE": "1",  # minutes of g++ for models of milliseconds
             "CUDA_VISIBLE_DEVICES": "",
             "HOME": os.environ.get("HOME", ""),
             "PATH": os.pathsep.join([str(Path(interpreter).parent), os.environ.get("PATH", "")]),

@@ -53,7 +53,7 @@ def test_gptq_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.pair("gptq_v2", "write", CLIENT, "equal weights, logits within fp16")
-@pytest.mark.parametrize("scheme", ["W4A16_ASYM_G32", "W8A16_ASYM_G64", "W3A16_ASYM_G32"])
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W4A16_ASYM_G32", "W8A16_ASYM_G64", "W3A16_ASYM_G32"])
 def test_gptq_v2_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
     write(scheme, "gptq_v2", tmp_path, "gptq_torch")
 
