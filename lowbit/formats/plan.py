@@ -168,7 +168,7 @@ def wrong_kind(view: ModuleView, target: Layout) -> str | None:
         if view.kind == OTHER:
             return "it is one of many that the model fuses (an expert), which lowbit does not run"
         return None
-    if view.kind == EMBEDDING:
+    if view.kind == EMBEDDING and target.name != Gguf.name:
         return "it is an embedding, the format has linear layers only"
     if view.kind == CONV1D and target.name != "bnb":
         return "it is a Conv1D, the format has plain linear layers only"
