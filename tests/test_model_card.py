@@ -188,3 +188,13 @@ def test_a_source_that_another_tool_quantized_names_its_base(tmp_path: Path) -> 
     (tmp_path / "README.md").write_text(head)
     found = origin_of(tmp_path, "somebody/big-GPTQ")
     assert found == {"name": "meta/big", "base_model": "meta/big", "metadata": {"license": "mit"}}
+
+
+@pytest.mark.parametrize("value", [None, [], {"name": 3}, {"name": "x", "metadata": {"tags": [1]}}])
+def test_what_a_strangers_manifest_says_does_no_harm(value: object, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"origin": value, "fingerprint": value}))
+    found = origin_of(tmp_path, None)
+    assert found["base_model"] is None
+    assert found["metadata"] == {}
+    assert commands({"fingerprint": {"options": {"dynamic": [3]}}, "origin": found}) == []
+    assert commands({"fingerprint": {"to": "gptq"}, "quantized": [value]}) == []

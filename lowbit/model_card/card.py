@@ -56,7 +56,8 @@ class _Facts:
     @property
     def chosen(self) -> Mapping[str, Any]:
         """The manifest of the run that chose the codes."""
-        return self.manifest.get("quantized") or self.manifest
+        chosen = self.manifest.get("quantized")
+        return chosen if isinstance(chosen, Mapping) else self.manifest
 
 
 def write_card(directory: Path) -> bool:
@@ -213,9 +214,10 @@ def _gguf_rows(facts: _Facts) -> Iterator[tuple[str, str]]:
 
 def _method(facts: _Facts) -> Iterator[tuple[str, str]]:
     """Yields how codes were chosen, where the manifest tells."""
-    fingerprint = facts.chosen.get("fingerprint") or {}
+    fingerprint = facts.chosen.get("fingerprint")
+    fingerprint = fingerprint if isinstance(fingerprint, Mapping) else {}
     options = fingerprint.get("options")
-    if "qat" in fingerprint:
+    if isinstance(fingerprint.get("qat"), Mapping):
         yield "algorithm", f"quantization-aware training ({fingerprint['qat'].get('mode')})"
     elif isinstance(options, Mapping) and "algorithm" in options:
         option, value = method(options)

@@ -18,12 +18,22 @@ from lowbit.scheme import Scheme
 
 
 def commands(manifest: Mapping[str, Any]) -> list[str]:
-    """Returns the commands, the first one first; empty for a manifest that does not tell."""
+    """Returns the commands, the first one first; empty for a manifest that does not tell.
+
+    What a source's manifest says came from anywhere, so it may be something else than it should.
+    """
+    try:
+        return _commands(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _commands(manifest: Mapping[str, Any]) -> list[str]:
     fingerprint = manifest.get("fingerprint") or {}
     name = (manifest.get(ORIGIN) or {}).get("name", "MODEL")
     if "to" in fingerprint:
         chosen = manifest.get("quantized")
-        before = commands({**chosen, ORIGIN: manifest.get(ORIGIN)}) if chosen else []
+        before = _commands({**chosen, ORIGIN: manifest.get(ORIGIN)}) if chosen else []
         parts = ["convert", "QUANTIZED" if before else name, "OUTPUT", "--to", fingerprint["to"]]
         last = [*parts, "--requantize"] if fingerprint.get("requantize") else parts
         return [line.replace(" OUTPUT", " QUANTIZED") for line in before] + [_line(last)]

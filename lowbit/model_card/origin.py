@@ -30,8 +30,8 @@ def origin_of(source: Path, name: str | None = None) -> dict[str, Any]:
         `name`; `base_model`, its name on the hub or None; and `metadata` of its card.
     """
     recorded = recorded_manifest(source).get(ORIGIN)
-    if isinstance(recorded, dict):
-        return recorded
+    if isinstance(recorded, dict) and isinstance(recorded.get("name"), str):
+        return _sound(recorded)
     metadata = card_metadata(source)
     base = name if name is not None and is_hub_name(name) else _cached_name(source)
     # What another tool quantized names its own base.
@@ -42,6 +42,17 @@ def origin_of(source: Path, name: str | None = None) -> dict[str, Any]:
         "name": base or source.resolve().name,
         "base_model": base,
         "metadata": {key: metadata[key] for key in CARRIED if key in metadata},
+    }
+
+
+def _sound(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a manifest records of its origin, without what it should not hold."""
+    base, metadata = recorded.get("base_model"), recorded.get("metadata")
+    carried = _plain(metadata) if isinstance(metadata, dict) else {}
+    return {
+        "name": recorded["name"],
+        "base_model": base if isinstance(base, str) else None,
+        "metadata": {key: carried[key] for key in CARRIED if key in carried},
     }
 
 
