@@ -34,7 +34,11 @@ CLIENTS: dict[str, tuple[Environment, tuple[str, ...]]] = {
         ),
         ("transformers", "compressed-tensors", "bitsandbytes", "gguf"),
     ),
-    "gptqmodel": (ENVIRONMENTS["gptqmodel"], ("gptqmodel", "transformers")),
+    # optimum is what transformers loads GPTQ with.
+    "gptqmodel": (
+        Environment("gptqmodel", ("gptqmodel", "optimum"), build_isolation=False),
+        ("gptqmodel", "optimum", "transformers"),
+    ),
     "llmcompressor": (
         ENVIRONMENTS["llmcompressor"],
         ("llmcompressor", "compressed-tensors", "transformers"),

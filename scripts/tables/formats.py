@@ -25,7 +25,7 @@ def interop(result: dict[str, Any]) -> str:
         state = "not run" if pair["outcome"] == "not run" else f"{passed} of {total} passed"
         if pair["why"]:
             state += f": {pair['why'][:LONGEST_REASON]}".replace("|", "\\|")
-        client = CLIENT_NAMES[pair["client"]]
+        client = CLIENT_NAMES.get(pair["client"], pair["client"])
         direction = DIRECTIONS[pair["direction"]]
         rows.append([pair["format"], direction, client, pair["equality"], state])
     used = [

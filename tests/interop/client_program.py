@@ -40,6 +40,8 @@ def stock(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=dtype, **options)
     answer = {"logits": logits_of(model, asked)}
     for name, module in model.named_modules():
+        if hasattr(module, "qweight"):
+            answer[f"weights.{name}"] = gptqmodel_weight(module)
         weight = getattr(module, "weight", None)
         if isinstance(module, torch.nn.Linear) and name != "lm_head" and weight is not None:
             answer[f"weights.{name}"] = decoded(weight)

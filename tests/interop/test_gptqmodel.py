@@ -53,7 +53,9 @@ def test_gptq_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.pair("gptq_v2", "write", CLIENT, "equal weights, logits within fp16")
-@pytest.mark.parametrize("scheme", ["W4A16_G32", "W4A16_ASYM_G32", "W8A16_ASYM_G64", "W3A16_ASYM_G32"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16_G32", "W4A16_ASYM_G32", "W8A16_ASYM_G64", "W3A16_ASYM_G32"]
+)
 def test_gptq_v2_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
     write(scheme, "gptq_v2", tmp_path, "gptq_torch")
 
@@ -62,6 +64,24 @@ def test_gptq_v2_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["W4A16_ASYM_G32", "W4A16_G64"])
 def test_awq_of_ours_is_loaded(scheme: str, tmp_path: Path) -> None:
     write(scheme, "awq", tmp_path, "awq_torch")
+
+
+@pytest.mark.pair("awq", "write", "transformers with GPTQModel", "equal weights")
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM_G32"])
+def test_transformers_loads_awq_of_ours_by_it(scheme: str, tmp_path: Path) -> None:
+    require(CLIENT)
+    out = exported(model(tmp_path / "model", torch.float16), tmp_path, scheme, "awq")
+    answer = ask(CLIENT, tmp_path / "client", do="stock", model=out, dtype="float16")
+    check(lowbit.load(out, dtype=torch.float32), answer)
+
+
+@pytest.mark.pair("gptq", "write", "transformers with GPTQModel", "equal weights")
+@pytest.mark.parametrize("scheme", ["W4A16_G32"])
+def test_transformers_loads_gptq_of_ours_by_it(scheme: str, tmp_path: Path) -> None:
+    require(CLIENT)
+    out = exported(model(tmp_path / "model", torch.float16), tmp_path, scheme, "gptq")
+    answer = ask(CLIENT, tmp_path / "client", do="stock", model=out, dtype="float16")
+    check(lowbit.load(out, dtype=torch.float32), answer)
 
 
 def read(config: dict[str, Any], tmp_path: Path, backend: str) -> tuple[Path, dict[str, Any]]:
