@@ -58,6 +58,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         isinstance(part, dict)
         and isinstance(part.get("file"), str)
         and isinstance(part.get("modules", {}), dict)
+        and all(isinstance(report, dict) for report in part.get("modules", {}).values())
         for part in parts.values()
     )
     if not sound:
@@ -121,8 +122,8 @@ def check_hashes(
 def _side_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Returns tokenizer files and their like -> SHA-256, as far as they were recorded."""
     fingerprint = manifest.get("fingerprint")
-    for place in ("model", "source", None):
-        found = fingerprint if place is None else (fingerprint or {}).get(place)
+    whole = fingerprint if isinstance(fingerprint, dict) else {}
+    for found in (whole.get("model"), whole.get("source"), whole):
         if isinstance(found, dict) and isinstance(found.get("side_files"), dict):
             return dict(found["side_files"])
     return {}
