@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,17 @@ from lowbit.errors import LowbitError
 from lowbit.nn import QuantEmbedding, QuantLinear
 
 RNG = np.random.default_rng()
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "vocab_size": 64,
+    "num_hidden_layers": 1,
+    "head_dim": 64,
+}
 NARROW = {"intermediate_size": 160, "head_dim": 16}
-IDS = torch.from_numpy(RNG.integers(3, 256, (2, 24)))
+# The gate has tests of its own.
+QUIET: Any = {"progress": False, "verify": False}
+IDS = torch.from_numpy(RNG.integers(3, 64, (2, 24)))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -69,11 +78,11 @@ def test_a_file_of_nothing_but_decoded_types_loads_and_converts_to_bf16(tmp_path
     model = lowbit.load(tmp_path / "x.gguf", dtype=torch.float32)
     require_equal(model, reference)
     with pytest.warns(UserWarning, match="decoded to bf16"):
-        lowbit.convert(tmp_path / "x.gguf", tmp_path / "out", "bf16", progress=False)
+        lowbit.convert(tmp_path / "x.gguf", tmp_path / "out", "bf16", **QUIET)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(stock), logits(reference))
     with pytest.raises(LowbitError, match="--to bf16 decodes it"):
-        lowbit.convert(tmp_path / "x.gguf", tmp_path / "no", "lowbit", progress=False)
+        lowbit.convert(tmp_path / "x.gguf", tmp_path / "no", "lowbit", **QUIET)
     assert not (tmp_path / "no").exists()
 
 
@@ -82,7 +91,7 @@ def test_a_file_of_nothing_but_decoded_types_loads_and_converts_to_bf16(tmp_path
 def test_a_file_becomes_another_format_with_equal_values(tmp_path: Path, to: str) -> None:
     reference = write_model(tmp_path / "x.gguf", "llama", "Q4_0", RNG, **NARROW)
     options = {} if to == "lowbit" else {"requantize": True}  # the embedding is decoded
-    result = lowbit.convert(tmp_path / "x.gguf", tmp_path / "out", to, progress=False, **options)
+    result = lowbit.convert(tmp_path / "x.gguf", tmp_path / "out", to, **QUIET, **options)
     rounded = set(result.manifest["summary"]["rounded"])
     assert rounded == (set() if to == "lowbit" else {"model.embed_tokens"})
     if to != "lowbit":

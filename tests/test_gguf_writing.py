@@ -33,6 +33,8 @@ gguf = pytest.importorskip("gguf")
 ASSETS = Path(__file__).parent / "assets"
 NARROW = {"intermediate_size": 160, "head_dim": 16, "num_hidden_layers": 1}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
+# The gate has tests of its own.
+QUIET: Any = {"progress": False, "verify": False}
 IDS = torch.arange(1, 33)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer", "ignore:.*no name for how")
 
@@ -47,7 +49,7 @@ def saved(path: Path, family: str, dtype: torch.dtype = torch.float32, **changes
 def quantized(path: Path, family: str, scheme: str, **options: Any) -> Path:
     model = saved(path / "m", family, **NARROW)
     out = path / "q"
-    lowbit.quantize(model, out, scheme=scheme, algorithm="rtn", progress=False, **options)
+    lowbit.quantize(model, out, scheme=scheme, algorithm="rtn", **QUIET, **options)
     return out
 
 
@@ -89,7 +91,7 @@ def test_codes_are_kept_where_a_type_has_them(
     tmp_path: Path, family: str, scheme: str, kind: str
 ) -> None:
     source = quantized(tmp_path, family, scheme)
-    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", progress=False)
+    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", **QUIET)
     assert result.manifest["summary"]["rounded"] == {}
     assert result.manifest["summary"]["schemes"] == [kind]
     require_equal(weights(tmp_path / "x.gguf"), weights(source))
@@ -98,7 +100,7 @@ def test_codes_are_kept_where_a_type_has_them(
 
 def test_the_gguf_package_reads_what_was_written(tmp_path: Path) -> None:
     source = quantized(tmp_path, "llama", "W4A16_G32")
-    lowbit.convert(source, tmp_path / "out", "gguf", progress=False)
+    lowbit.convert(source, tmp_path / "out", "gguf", **QUIET)
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     expected = weights(source)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -114,10 +116,10 @@ def test_the_gguf_package_reads_what_was_written(tmp_path: Path) -> None:
 def test_zero_points_become_minima_exactly_or_on_request(tmp_path: Path) -> None:
     source = quantized(tmp_path, "llama", "W4A16_ASYM_G32")
     with pytest.raises(LowbitError, match="--requantize rounds such minima and keeps"):
-        lowbit.convert(source, tmp_path / "x.gguf", "gguf", progress=False)
+        lowbit.convert(source, tmp_path / "x.gguf", "gguf", **QUIET)
     assert not (tmp_path / "x.gguf").exists()
     assert not list(tmp_path.glob("*.tmp"))
-    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", requantize=True, progress=False)
+    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", requantize=True, **QUIET)
     rounded = result.manifest["summary"]["rounded"]
     assert 0 < max(rounded.values()) < 2**-10
     found, expected = weights(tmp_path / "x.gguf"), weights(source)
@@ -141,8 +143,8 @@ def test_what_no_type_has_is_refused_or_made_anew(
 ) -> None:
     source = quantized(tmp_path, "llama", scheme)
     with pytest.raises(LowbitError, match=f"7 weights .*{reason}.*nearest is {kind}"):
-        lowbit.convert(source, tmp_path / "x.gguf", "gguf", progress=False)
-    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", requantize=True, progress=False)
+        lowbit.convert(source, tmp_path / "x.gguf", "gguf", **QUIET)
+    result = lowbit.convert(source, tmp_path / "x.gguf", "gguf", requantize=True, **QUIET)
     kept = scheme in ("W3A16_G32", "W4A16_G32_DQ")  # the same values on a finer grid
     assert (result.manifest["summary"]["exact"] == 7) == kept
     if kept:
@@ -151,7 +153,7 @@ def test_what_no_type_has_is_refused_or_made_anew(
 
 def test_another_type_is_chosen_on_request(tmp_path: Path) -> None:
     source = quantized(tmp_path, "llama", "W4A16_G32")
-    options = {"gguf": GgufOptions("q8_0"), "progress": False}
+    options = {"gguf": GgufOptions("q8_0"), **QUIET}
     with pytest.raises(LowbitError, match="Q8_0 has not the values of W4A16_G32; --requantize"):
         lowbit.convert(source, tmp_path / "x.gguf", "gguf", **options)
     # Sixteen levels are among 256.
@@ -164,7 +166,7 @@ def test_another_type_is_chosen_on_request(tmp_path: Path) -> None:
 def test_floats_of_a_model_are_kept(tmp_path: Path, kind: str) -> None:
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind]
     source = saved(tmp_path / "m", "qwen3", dtype, **NARROW)
-    lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions(kind), progress=False)
+    lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions(kind), **QUIET)
     assert {t.kind.name for t in read_gguf_header(tmp_path / "x.gguf").tensors.values()} <= {
         kind,
         "F32",
@@ -177,7 +179,7 @@ def test_rows_that_blocks_do_not_fill_get_another_type_and_are_named(tmp_path: P
     source = saved(tmp_path / "m", "llama", torch.bfloat16, **changes)
     with pytest.warns(UserWarning, match=r"1 weights .*down_proj.*Q4_K do not fill.*Q8_0"):
         result = lowbit.convert(
-            source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q4_K"), progress=False
+            source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q4_K"), **QUIET
         )
     assert set(result.manifest["summary"]["fallbacks"]) == {"model.layers.0.mlp.down_proj.weight"}
     kinds = {t.name: t.kind.name for t in read_gguf_header(result.path).tensors.values()}
@@ -224,8 +226,8 @@ def test_odd_weights_are_decoded_to_something_near(kind: str) -> None:
     raw, report = quantize_rows(weight, GGML_TYPES[kind], None)
     decoded = torch.from_numpy(oracle.decode(kind, raw.numpy())).float()
     assert bool(torch.isfinite(decoded).all())
-    step = 1 / 7 if kind == "Q4_0" else 1 / 15
-    limit = weight.unflatten(1, (-1, 256)).abs().amax(-1).clamp_min(1e-7) * step
+    # Half a step of 15 levels over twice the largest, and what a search may clip.
+    limit = weight.abs().amax(-1, keepdim=True).clamp_min(1e-7) / 4
     assert bool(((decoded - weight).abs() <= limit).all())
     assert np.isfinite(report["relative_error"])
 
@@ -292,7 +294,7 @@ def test_a_failure_leaves_nothing_and_a_file_is_not_replaced(
             raise KeyboardInterrupt
         return rows(self, tensor)
 
-    options = {"gguf": GgufOptions("Q8_0"), "progress": False}
+    options = {"gguf": GgufOptions("Q8_0"), **QUIET}
     monkeypatch.setattr(Converter, "rows", fail)
     with pytest.raises(KeyboardInterrupt):
         lowbit.convert(source, tmp_path / "new" / "out", "gguf", **options)
@@ -308,7 +310,7 @@ def test_a_failure_leaves_nothing_and_a_file_is_not_replaced(
 
 def test_a_changed_byte_fails_the_check(tmp_path: Path) -> None:
     source = quantized(tmp_path, "llama", "W4A16_G32")
-    file = lowbit.convert(source, tmp_path / "x.gguf", "gguf", progress=False).path
+    file = lowbit.convert(source, tmp_path / "x.gguf", "gguf", **QUIET).path
     content = bytearray(file.read_bytes())
     tensor = read_gguf_header(file).tensors["blk.0.ffn_up.weight"]
     content[tensor.begin + 9] ^= 1
@@ -336,9 +338,7 @@ def test_a_file_that_fails_the_gate_gets_another_name(
 def test_the_tokenizer_goes_there_and_back(tmp_path: Path) -> None:
     source = ASSETS / "books-4m"
     with pytest.warns(UserWarning, match="'gpt-2' is nearest"):
-        lowbit.convert(
-            source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"), progress=False
-        )
+        lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"), **QUIET)
     ours = AutoTokenizer.from_pretrained(source)
     found = load_gguf_tokenizer(tmp_path / "x.gguf")
     text = "It's  a dark\nand stormy night; 12 o'clock \u00e9t\u00e9 </s>"
@@ -347,7 +347,7 @@ def test_the_tokenizer_goes_there_and_back(tmp_path: Path) -> None:
     metadata = read_gguf_header(tmp_path / "x.gguf").metadata
     assert metadata["tokenizer.ggml.token_type"][:4].tolist() == [3, 3, 3, 1]
     assert metadata["tokenizer.ggml.add_bos_token"] is True
-    lowbit.convert(tmp_path / "x.gguf", tmp_path / "back", "lowbit", progress=False)
+    lowbit.convert(tmp_path / "x.gguf", tmp_path / "back", "lowbit", **QUIET)
     again = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert again(text)["input_ids"] == ours(text)["input_ids"]
 
@@ -377,7 +377,7 @@ def test_pieces_with_bytes_to_fall_back_on_have_scores(tmp_path: Path) -> None:
     source = saved(tmp_path / "m", "llama", **NARROW, vocab_size=272)
     tokenizer.save_pretrained(source)
     file = lowbit.convert(
-        source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"), progress=False
+        source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"), **QUIET
     ).path
     found = read_gguf_header(file).metadata
     assert found["tokenizer.ggml.model"] == "llama"
@@ -410,7 +410,7 @@ def test_llama_3_scaling_goes_there_and_back(tmp_path: Path) -> None:
         "original_max_position_embeddings": 8192,
     }
     source = saved(tmp_path / "m", "llama", **{**NARROW, "head_dim": 32}, rope_parameters=rope)
-    lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("F32"), progress=False)
+    lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("F32"), **QUIET)
     model = lowbit.load(tmp_path / "x.gguf", dtype=torch.float32)
     assert model.config.rope_parameters == rope
     with torch.no_grad():
