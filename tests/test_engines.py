@@ -159,6 +159,9 @@ def breaking(limit: Limit) -> tuple[list[Weight], Model, int]:
         return both, model, 1
     if limit.kind == "scales":
         return [weight("q_proj", None, base)], dataclasses.replace(model, dtype="float32"), 1
+    if limit.kind == "plain_experts":
+        moe = dataclasses.replace(model, experts={"model.layers.0.mlp.experts": (64, 64)})
+        return [weight("q_proj", None, base)], moe, 1
     if limit.kind == "note":
         return [weight("q_proj", None, base)], model, gpus
     return [weight("q_proj", None, base | {limit.kind: wrong(limit.kind, limit.value)})], model, 1

@@ -46,6 +46,7 @@ STRUCTURAL = (
     "fused",
     "zero_points",
     "scales",
+    "plain_experts",
     "note",
 )
 REFUSED, UNKNOWN, SAID = "refused", "unknown", "said"

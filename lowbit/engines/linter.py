@@ -303,6 +303,13 @@ def _scales(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int) -> 
             yield weight.name, f"have scales in {own}, the model is {dtype}"
 
 
+def _plain_experts(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int) -> Found:
+    """No layer has its experts in 16 bits beside others that are quantized."""
+    held = tuple(f"{name}." for name in given.model.experts or ())
+    if held and weights and not any(weight.name.startswith(held) for weight in weights):
+        yield from ((name.removesuffix("."), "are experts in 16 bits") for name in held)
+
+
 def _gpus(limit: Limit, given: Checkpoint, weights: list[Weight], tp: int) -> Found:
     """So many GPUs are possible."""
     if tp not in limit.value:
@@ -318,6 +325,7 @@ CHECKS: dict[str, Check] = {
     "fused": _fused,
     "zero_points": _zero_points,
     "scales": _scales,
+    "plain_experts": _plain_experts,
     "tensor_parallel": _gpus,
 }
 

@@ -162,7 +162,7 @@ class Awq:
             "group_size": written.common.group_size or -1,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": sorted(set(written.plain)),
+            "modules_to_not_convert": sorted({*written.plain, *written.experts}),
         }
 
     def markers(self, written: Written) -> dict[str, Tensor]:

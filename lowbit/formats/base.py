@@ -57,6 +57,7 @@ class Written:
         head: name of the output head, None if the model has none.
         embedding: name of the input embedding.
         ordered: a module has an `input_order`.
+        experts: names of what holds the experts of a layer that stay in 16 bits, all of them.
     """
 
     schemes: Mapping[str, Scheme]
@@ -64,6 +65,7 @@ class Written:
     head: str | None = "lm_head"
     embedding: str | None = None
     ordered: bool = False
+    experts: tuple[str, ...] = ()
 
     @property
     def common(self) -> Scheme:

@@ -181,7 +181,7 @@ class Bnb:
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": sorted(set(written.plain)),
+            "llm_int8_skip_modules": sorted({*written.plain, *written.experts}),
         }
 
     def markers(self, written: Written) -> dict[str, Tensor]:

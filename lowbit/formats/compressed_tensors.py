@@ -14,6 +14,7 @@ Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naiv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -163,7 +164,10 @@ class CompressedTensors:
             "quant_method": "compressed-tensors",
             "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": sorted(set(written.plain)),
+            "ignore": [
+                *sorted(set(written.plain)),
+                *(rf"re:^{re.escape(name)}\..*" for name in written.experts),
+            ],
             "config_groups": groups,
         }
         if len(schemes) == 1 and not schemes[0].symmetric:

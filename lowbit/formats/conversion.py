@@ -168,7 +168,8 @@ class _Run:
         longest = [f"{name}.{LONGEST_SUFFIX}" for name in modules for _ in range(MOST_TENSORS)]
         markers = self.plan.target.markers(self.plan.written) if self.plan.written.schemes else {}
         first = file == self.plan.checkpoint.files()[0]
-        bound = ShardWriter.header_bound([*others, *longest, *markers])
+        names_of_others = [made for name in others for made in self._names(name)]
+        bound = ShardWriter.header_bound([*names_of_others, *longest, *markers])
         self._reports = {}
         output = self.journal.directory / _shard_name(file)
         with ShardWriter(output, bound) as writer:
@@ -184,9 +185,18 @@ class _Run:
                 entry = self.plan.checkpoint.entries[name]
                 # A tensor of no elements is the mark of our own checkpoints.
                 if all(entry.shape) or not isinstance(self.plan.source, Lowbit):
-                    writer.add(name, entry.read())
+                    for made, tensor in self._plain(name).items():
+                        writer.add(made, tensor)
                 self._advance([name])
         self.journal.finish_part(output.name, output, self._reports)
+
+    def _names(self, name: str) -> list[str]:
+        return [name] if self.plan.hub is None else self.plan.hub.names(name)
+
+    def _plain(self, name: str) -> dict[str, Tensor]:
+        """Returns what becomes of a tensor that is not quantized: experts part."""
+        tensor = self.plan.checkpoint.entries[name].read()
+        return {name: tensor} if self.plan.hub is None else self.plan.hub.split(name, tensor)
 
     def _advance(self, names: Iterable[str]) -> None:
         entries = (self.plan.checkpoint.entries[name] for name in names)
@@ -194,29 +204,29 @@ class _Run:
 
     def _converted(self, module: str) -> dict[str, Tensor]:
         """Returns the target's tensors of a module, checked, and notes what was done."""
-        plan, stored = self.plan, self.plan.modules[module]
+        plan, stored, name = self.plan, self.plan.modules[module], self.plan.name(module)
         target = plan.targets[module]
         weight = read_module(plan.checkpoint, plan.source, module, stored)
         report: dict[str, Any] = {"from": str(stored.scheme), "shape": list(stored.shape)}
         report["weights"] = math.prod(stored.shape)
         if target.scheme is None:
-            made = Bf16().tensors(module, weight, stored.input_order)
+            made = Bf16().tensors(name, weight, stored.input_order)
             if target.view.kind == CONV1D:
-                made = {name: tensor.T.contiguous() for name, tensor in made.items()}
+                made = {key: tensor.T.contiguous() for key, tensor in made.items()}
             report |= {"scheme": "bf16", "exact": False}
         else:
             held, error = self._regridded(module, weight)
             order = stored.input_order if target.exact else None
-            made = plan.target.tensors(module, held, order)
+            made = plan.target.tensors(name, held, order)
             report |= {"scheme": str(held.scheme), "exact": error == 0.0}
             report |= {} if error == 0.0 else {"relative_error": error}
-            report[CHECKSUM] = self._require_equal(module, made, held, order)
+            report[CHECKSUM] = self._require_equal(name, made, held, order)
             if held.input_scale is not None:
                 report["input_scale"] = held.input_scale.item()
             if error == 0.0:
                 self._require_unchanged(module, report[CHECKSUM])
         stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
-        self._reports[module] = {**report, "stored_bytes": stored_bytes}
+        self._reports[name] = {**report, "stored_bytes": stored_bytes}
         return made
 
     def _regridded(self, module: str, weight: QuantizedWeight) -> tuple[QuantizedWeight, float]:
@@ -353,6 +363,12 @@ def _warn_of_clients(plan: ConversionPlan) -> None:
         warnings.warn(
             "transformers (5.23) cannot load layers with zero points beside layers of another "
             "scheme, engines can; for transformers give all layers one scheme, or none zero points",
+            stacklevel=3,
+        )
+    if plan.written.experts:
+        warnings.warn(
+            "transformers (5.23) cannot load experts in 16 bits beside compressed-tensors, engines "
+            "can; for transformers keep the checkpoint as it is",
             stacklevel=3,
         )
     dtype = model_dtype(plan.checkpoint)

@@ -241,6 +241,8 @@ class Gptq:
         dynamic: dict[str, Any] = {
             f"-:^{re.escape(name)}$": {} for name in sorted(written.inner_plain)
         }
+        # Engines ask for what holds the experts, tools for each of them.
+        dynamic |= {rf"-:^{re.escape(name)}(\.|$)": {} for name in written.experts}
         for name, scheme in written.schemes.items():
             if scheme != common:
                 dynamic[f"+:^{re.escape(name)}$"] = _fields(scheme)

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.models.layers import find_decoder_layers
-from lowbit.models.selection import MIN_OUT_FEATURES
+from lowbit.models.selection import MIN_OUT_FEATURES, fused_experts
 from lowbit.models.streaming import meta_model
 from lowbit.nn.replace import module_name, weight_is_transposed, weight_shape
 
@@ -81,6 +81,10 @@ class ModelView:
             and _kind(module) in (LINEAR, CONV1D)
             and weight_shape(module)[0] >= MIN_OUT_FEATURES
         ]
+
+    def experts(self) -> list[str]:
+        """Returns what holds the fused experts of a layer, which are never quantized."""
+        return list(fused_experts(self.model, find_decoder_layers(self.model)[0]))
 
 
 def _kind(module: nn.Module | None) -> str:

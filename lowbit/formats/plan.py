@@ -11,6 +11,7 @@ from lowbit.formats import awq, gptq
 from lowbit.formats.base import Layout, StoredAs, Written
 from lowbit.formats.compressed_tensors import HEAD
 from lowbit.formats.gguf.layout import Gguf
+from lowbit.formats.hub_names import HubNames, expert_groups
 from lowbit.formats.model_view import CONV1D, EMBEDDING, LINEAR, OTHER, ModelView, ModuleView
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.table import layout_named, layout_of
@@ -54,6 +55,7 @@ class ConversionPlan:
         modules: module name -> how it is stored, in the order of the files.
         targets: module name -> what becomes of it.
         written: what the config is written for.
+        hub: gives tensors the names that files on the hub have; None where they keep their own.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +64,11 @@ class ConversionPlan:
     modules: Mapping[str, StoredAs]
     targets: Mapping[str, Target]
     written: Written
+    hub: HubNames | None = None
+
+    def name(self, module: str) -> str:
+        """Returns the name of a module in the output."""
+        return module if self.hub is None else self.hub.module(module)
 
 
 def plan_conversion(checkpoint: Checkpoint, to: str, requantize: bool) -> ConversionPlan:
@@ -107,10 +114,11 @@ def plan_conversion(checkpoint: Checkpoint, to: str, requantize: bool) -> Conver
     }
     _refuse(checkpoint, target, targets, modules, views)
     _require_single(checkpoint, target, targets, modules)
-    written = _written(checkpoint, target, targets, modules, view)
+    hub = None if isinstance(target, Lowbit) else HubNames(view.model)
+    written = _written(checkpoint, target, targets, modules, view, hub)
     if written.schemes:
         target.config(written)  # refuses mixtures that it has no words for
-    return ConversionPlan(checkpoint, source, target, modules, targets, written)
+    return ConversionPlan(checkpoint, source, target, modules, targets, written, hub)
 
 
 def model_dtype(checkpoint: Checkpoint) -> str:
@@ -244,6 +252,7 @@ def _written(
     targets: Mapping[str, Target],
     modules: Mapping[str, StoredAs],
     view: ModelView,
+    hub: HubNames | None,
 ) -> Written:
     """Returns what the config is written for."""
     kept = {name: plan for name, plan in targets.items() if plan.scheme is not None}
@@ -251,18 +260,33 @@ def _written(
         # In the order of the model: the first one names the tensor that marks our checkpoints.
         found = {plan.view.name: plan.scheme for plan in kept.values() if plan.scheme}
         schemes = {name: found[name] for name, _ in view.model.named_modules() if name in found}
-        return Written(
-            schemes, tuple(view.plain_linears(schemes)), view.head, view.embedding, False
-        )
-    schemes = {name: plan.scheme for name, plan in kept.items() if plan.scheme}
-    plain = {
+        plain = (*view.plain_linears(schemes), *view.experts())
+        return Written(schemes, plain, view.head, view.embedding, False)
+    assert hub is not None
+    schemes = {hub.module(name): plan.scheme for name, plan in kept.items() if plan.scheme}
+    matrices = {
         name.removesuffix(".weight")
-        for name, entry in checkpoint.entries.items()
-        if name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype.is_floating_point
+        for key, entry in checkpoint.entries.items()
+        if entry.dtype.is_floating_point
+        for name in _matrices(key, entry.shape, hub)
     }
-    plain |= {name for name in modules if name not in kept}
+    matrices |= {hub.module(name) for name in modules if name not in kept}
     heads = {view.head or HEAD, HEAD}
-    plain = (plain | heads) - schemes.keys()
+    matrices = (matrices | heads) - schemes.keys()
+    experts, others = expert_groups(sorted(matrices))
+    # One pattern for all experts of a layer, unless some of them are quantized.
+    mixed = tuple(
+        f"{group}." for group in experts if any(n.startswith(f"{group}.") for n in schemes)
+    )
+    others += [name for name in matrices if mixed and name.startswith(mixed)]
+    groups = tuple(group for group in experts if f"{group}." not in mixed)
     ordered = any(modules[name].input_order is not None for name in kept)
     head = next((name for name in schemes if name in heads), view.head)
-    return Written(schemes, tuple(sorted(plain)), head, view.embedding, ordered)
+    return Written(schemes, tuple(sorted(others)), head, view.embedding, ordered, groups)
+
+
+def _matrices(key: str, shape: tuple[int, ...], hub: HubNames) -> list[str]:
+    """Returns the names on the hub of the matrices that a tensor is, or is made of."""
+    names = hub.names(key)
+    matrix = len(shape) == 2 or len(names) > 1
+    return [name for name in names if matrix and name.endswith(".weight")]

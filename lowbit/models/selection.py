@@ -63,7 +63,7 @@ def select_modules(
     """
     layers_name, _ = find_decoder_layers(model)
     candidates = _candidates(model, layers_name, selection)
-    experts = _fused_experts(model, layers_name)
+    experts = fused_experts(model, layers_name)
     if require_matches:
         _require_all_match(model, selection, [*candidates, *experts])
     chosen: dict[str, Scheme] = {}
@@ -138,7 +138,7 @@ def _require_known_embedding(name: str | None, module: nn.Module) -> None:
         )
 
 
-def _fused_experts(model: PreTrainedModel, layers_name: str) -> dict[str, int]:
+def fused_experts(model: PreTrainedModel, layers_name: str) -> dict[str, int]:
     """Returns module name -> parameters, of modules in the blocks that own 3-D weights."""
     found = {}
     for name, module in model.named_modules():

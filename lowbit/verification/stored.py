@@ -12,6 +12,7 @@ from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.checkpoint.reader import INDEX_NAME, file_digest, read_json
 from lowbit.errors import LowbitError
 from lowbit.formats.base import Layout, StoredAs, quantization_of
+from lowbit.formats.hub_names import HubNames
 from lowbit.formats.model_view import ModelView
 from lowbit.formats.own import Lowbit
 from lowbit.hf.config import LowbitConfig
@@ -183,7 +184,12 @@ def _check_left_out(subject: Subject, view: ModelView, names: Mapping[str, str])
         return
     quantization = quantization_of(subject.checkpoint)
     is_left_out = left_out(subject.layout.name, quantization)
-    silent = [name for name in view.plain_linears(names) if not is_left_out(name)]
+    hub = HubNames(view.model)  # the names that other tools, and we for them, write
+    silent = [
+        name
+        for name in view.plain_linears(names)
+        if not is_left_out(name) and not is_left_out(hub.module(name))
+    ]
     if silent:
         raise LowbitError(f"{listed(silent)}: in 16 bits, but config.json does not say so")
     surplus = [name for name in subject.modules if is_left_out(name)]
