@@ -75,7 +75,8 @@ def test_what_no_scheme_has_is_decoded(tmp_path: Path, kinds: list[str]) -> None
 
 def test_a_file_of_nothing_but_decoded_types_loads_and_converts_to_bf16(tmp_path: Path) -> None:
     reference = write_model(tmp_path / "x.gguf", "qwen2", "Q4_K", RNG, **WIDE)
-    model = lowbit.load(tmp_path / "x.gguf", dtype=torch.float32)
+    with pytest.warns(UserWarning, match="decoded to bf16 .* of Q4_K"):
+        model = lowbit.load(tmp_path / "x.gguf", dtype=torch.float32)
     require_equal(model, reference)
     with pytest.warns(UserWarning, match="decoded to bf16"):
         lowbit.convert(tmp_path / "x.gguf", tmp_path / "out", "bf16", **QUIET)

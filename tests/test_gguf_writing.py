@@ -425,6 +425,20 @@ def test_llama_3_scaling_goes_there_and_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(plain / factors, rotary.inv_freq.numpy(), rtol=1e-5)
 
 
+def test_scaling_that_a_file_has_no_words_for_is_refused(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    yarn["original_max_position_embeddings"] = 64
+    source = saved(tmp_path / "m", "qwen2", **NARROW, rope_parameters=yarn)
+    options = {"gguf": GgufOptions("F32"), **QUIET}
+    lowbit.convert(source, tmp_path / "x.gguf", "gguf", **options)
+    rope = lowbit.load(tmp_path / "x.gguf", dtype=torch.float32).config.rope_parameters
+    assert {key: rope[key] for key in yarn} == yarn
+    source = saved(tmp_path / "n", "qwen2", **NARROW, rope_parameters={**yarn, "beta_fast": 16.0})
+    with pytest.raises(LowbitError, match=r"beta_fast of the rotary embedding is 16\.0"):
+        lowbit.convert(source, tmp_path / "y.gguf", "gguf", **options)
+    assert not list(tmp_path.glob("y*"))
+
+
 def test_the_command_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = quantized(tmp_path, "llama", "W4A16_G32")
     assert run("convert", source, tmp_path / "x.gguf", "--to", "gguf", "--json") == 0

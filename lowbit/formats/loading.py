@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.reader import SAFETENSORS_DTYPES
 from lowbit.formats.base import Layout, StoredAs
+from lowbit.formats.gguf.checkpoint import GgufCheckpoint
 from lowbit.formats.model_view import ModelView
 from lowbit.formats.own import Bf16, Lowbit
 from lowbit.formats.plan import ConversionPlan, model_dtype, plan_conversion
@@ -64,6 +66,9 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         # A GGUF file may hold nothing but types that are decoded.
         to = Lowbit.name if layout.modules(checkpoint) else Bf16.name
         plan = plan_conversion(checkpoint, to, requantize=False)
+        note = checkpoint.decoded_note() if isinstance(checkpoint, GgufCheckpoint) else None
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         with one_sentence(where, "model"):
             model, info = _load_foreign(plan, options)
     check_loaded(where, info)

@@ -36,6 +36,7 @@ TOKEN_IDS = {
     "eos_token_id": "eos_token_id",
     "padding_token_id": "pad_token_id",
 }
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 # Rotary scaling of Llama 3 by (factor, low, high, positions), as their checkpoints have it.
 _LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 
@@ -125,6 +126,17 @@ def metadata_of_config(config: Mapping[str, Any], architecture: Architecture) ->
     rope = rope_of(config)
     found[f"{prefix}.rope.freq_base"] = float(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
+    whole = ("partial_rotary_factor", 1.0)
+    unknown = [
+        key
+        for key, value in rope.items()
+        if key not in _ROPE_KEYS and value is not None and (key, value) != whole
+    ]
+    if kind != "llama3" and unknown:
+        raise LowbitError(
+            f"config.json: {unknown[0]} of the rotary embedding is {str(rope[unknown[0]])[:60]}, "
+            "which is not written as GGUF here"
+        )
     if kind in ("linear", "yarn"):
         found[f"{prefix}.rope.scaling.type"] = kind
         found[f"{prefix}.rope.scaling.factor"] = float(rope["factor"])
