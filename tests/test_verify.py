@@ -62,6 +62,13 @@ def copy(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
     return tmp_path / str(request.param)
 
 
+@pytest.fixture(params=["lowbit", "gptq"])
+def one(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
+    """Returns the same of two layouts, for what no layout has a part in."""
+    shutil.copytree(made / request.param, tmp_path / request.param)
+    return tmp_path / str(request.param)
+
+
 def edit(path: Path, name: str, damage: Damage, honest: bool = False) -> None:
     """Changes the shard that holds tensor `name`; `honest` keeps its old hash in the manifest."""
     file = next(f for f in sorted(path.glob("*.safetensors")) if name in load_file(f))
@@ -110,12 +117,12 @@ def test_what_is_sound_passes_everything(copy: Path) -> None:
     assert "logits of kernels and of decoded weights" in details["probe"]
 
 
-def test_one_bit(copy: Path) -> None:
-    file = sorted(copy.glob("*.safetensors"))[-1]
+def test_one_bit(one: Path) -> None:
+    file = sorted(one.glob("*.safetensors"))[-1]
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
-    assert file.name in verify(copy).failed["hashes"]
+    assert file.name in verify(one).failed["hashes"]
 
 
 def test_a_wrong_scale_under_honest_looking_hashes(copy: Path) -> None:
@@ -126,25 +133,19 @@ def test_a_wrong_scale_under_honest_looking_hashes(copy: Path) -> None:
     assert (check, UP in detail) == ("weights", True)
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (0.0, "zero"), (1e30, "Inf")])
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (0.0, "zero")])
 def test_scales_that_are_none(copy: Path, value: float, word: str) -> None:
     name = scale_of(copy)
-
-    def damage(tensors: dict[str, Tensor]) -> None:
-        # 1e30 is Inf in fp16, which fp32 scales are given as such.
-        made = torch.tensor(value).to(torch.float16 if value == 1e30 else torch.float32)
-        tensors[name].view(-1)[5] = made.to(tensors[name].dtype)
-
-    edit(copy, name, damage)
+    edit(copy, name, lambda t: t[name].view(-1)[5:6].fill_(value))
     failed = verify(copy).failed
     assert word in failed["values"]
     assert "hashes" not in failed
 
 
-def test_scales_of_another_dtype(copy: Path) -> None:
-    name = scale_of(copy)
-    edit(copy, name, lambda t: t.update({name: t[name].double()}))
-    check, detail = only_failure(copy)
+def test_scales_of_another_dtype(one: Path) -> None:
+    name = scale_of(one)
+    edit(one, name, lambda t: t.update({name: t[name].double()}))
+    check, detail = only_failure(one)
     assert check == "layout"
     assert name in detail
 
@@ -157,17 +158,17 @@ def test_a_lost_scale(copy: Path) -> None:
     assert name in detail
 
 
-def test_a_lost_parameter(copy: Path) -> None:
-    edit(copy, NORM, lambda t: t.__delitem__(NORM))
-    report = verify(copy)
+def test_a_lost_parameter(one: Path) -> None:
+    edit(one, NORM, lambda t: t.__delitem__(NORM))
+    report = verify(one)
     assert NORM in report.failed["tensors"]
     assert checks(report)["probe"] is None
 
 
-def test_an_orphan(copy: Path) -> None:
+def test_an_orphan(one: Path) -> None:
     orphan = "model.layers.7.mlp.left_over"
-    edit(copy, NORM, lambda t: t.update({orphan: torch.ones(8)}))
-    assert orphan in verify(copy).failed["tensors"]
+    edit(one, NORM, lambda t: t.update({orphan: torch.ones(8)}))
+    assert orphan in verify(one).failed["tensors"]
 
 
 def test_a_layer_left_in_16_bits(copy: Path) -> None:
@@ -201,47 +202,47 @@ def test_a_layer_that_config_leaves_out(copy: Path) -> None:
     assert failed.keys() & {"layout", "quantized"}
 
 
-def test_twice_over_shards(copy: Path) -> None:
-    other = next(f for f in sorted(copy.glob("*.safetensors")) if NORM not in load_file(f))
+def test_twice_over_shards(one: Path) -> None:
+    other = next(f for f in sorted(one.glob("*.safetensors")) if NORM not in load_file(f))
     save_file({**load_file(other), NORM: torch.ones(64)}, other, {"format": "pt"})
-    check, detail = only_failure(copy)
+    check, detail = only_failure(one)
     assert check == "files"
     assert "is in both" in detail
 
 
-def test_files_that_do_not_hold_together(copy: Path) -> None:
-    first, *_, last = sorted(copy.glob("*.safetensors"))
-    whole, index = last.read_bytes(), (copy / INDEX_NAME).read_text()
+def test_files_that_do_not_hold_together(one: Path) -> None:
+    first, *_, last = sorted(one.glob("*.safetensors"))
+    whole, index = last.read_bytes(), (one / INDEX_NAME).read_text()
     last.write_bytes(whole[:-40])
-    assert "truncated" in only_failure(copy)[1]
+    assert "truncated" in only_failure(one)[1]
     last.unlink()
-    assert "missing" in only_failure(copy)[1]
+    assert "missing" in only_failure(one)[1]
     last.write_bytes(whole)
-    (copy / "stray.safetensors").write_bytes(first.read_bytes())
-    assert "stray.safetensors" in only_failure(copy)[1]
-    (copy / "stray.safetensors").unlink()
+    (one / "stray.safetensors").write_bytes(first.read_bytes())
+    assert "stray.safetensors" in only_failure(one)[1]
+    (one / "stray.safetensors").unlink()
     shorter = json.loads(index)
     del shorter["weight_map"][NORM]
-    (copy / INDEX_NAME).write_text(json.dumps(shorter))
-    assert NORM in only_failure(copy)[1]
-    (copy / INDEX_NAME).write_text(index)
-    assert verify(copy).ok
+    (one / INDEX_NAME).write_text(json.dumps(shorter))
+    assert NORM in only_failure(one)[1]
+    (one / INDEX_NAME).write_text(index)
+    assert verify(one).ok
 
 
-def test_another_tokenizer(copy: Path) -> None:
-    (copy / "tokenizer_config.json").write_text('{"model_max_length": 129}')
-    check, detail = only_failure(copy)
+def test_another_tokenizer(one: Path) -> None:
+    (one / "tokenizer_config.json").write_text('{"model_max_length": 129}')
+    check, detail = only_failure(one)
     assert (check, detail.partition(":")[0]) == ("hashes", "tokenizer_config.json")
 
 
-def test_a_manifest_of_another_model(copy: Path) -> None:
-    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+def test_a_manifest_of_another_model(one: Path) -> None:
+    manifest = json.loads((one / MANIFEST_NAME).read_text())
     for part in manifest["parts"].values():
         report = part["modules"].pop(UP, None)
         if report is not None:
             part["modules"]["model.layers.9.mlp.up_proj"] = report
-    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
-    assert "layers.9" in verify(copy).failed["quantized"]
+    (one / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert "layers.9" in verify(one).failed["quantized"]
 
 
 def test_bits_beyond_the_last_code(made: Path, tmp_path: Path) -> None:
@@ -262,8 +263,16 @@ def test_kernels_that_compute_something_else(copy: Path, monkeypatch: pytest.Mon
     assert verify(copy, probe=False).ok
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W2A16_ASYM_G32_DQ", "FP4_BF16", "W3A16_CHANNEL"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "llama_tied"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("gpt2", "W2A16_ASYM_G32_DQ"),
+        ("gemma3_text", "W8A8"),
+        ("gemma3_text", "FP4_BF16"),
+        ("llama_tied", "W8A8"),
+        ("llama_tied", "FP4_BF16"),
+    ],
+)
 def test_the_probe_agrees_for_other_models(family: str, scheme: str, tmp_path: Path) -> None:
     build_tiny(family, tmp_path / "m", torch.bfloat16)
     embeddings = scheme == "FP4_BF16" and family != "gpt2"
