@@ -64,6 +64,7 @@ def test_a_file_runs_on_our_kernels(tmp_path: Path, family: str, kind: str) -> N
     require_equal(model, reference)
 
 
+@pytest.mark.filterwarnings("ignore:.*decoded to bf16")
 @pytest.mark.parametrize(
     "kinds", [["Q4_K", "Q6_K"], ["Q2_K", "Q3_K", "Q5_K"], ["Q4_1", "Q5_0"], ["IQ4_NL"]]
 )

@@ -13,7 +13,7 @@ import torch
 from gguf_files import interleaved
 from tiny_models import make_tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lowbit
 from lowbit.algorithms.base import Statistics
@@ -36,7 +36,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "h
 # The gate has tests of its own.
 QUIET: Any = {"progress": False, "verify": False}
 IDS = torch.arange(1, 33)[None]
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer", "ignore:.*no name for how")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*has no tokenizer", "ignore:.*no name for how", "ignore:.*decoded to bf16"
+)
 
 
 def saved(path: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -111,6 +113,19 @@ def test_the_gguf_package_reads_what_was_written(tmp_path: Path) -> None:
         assert np.array_equal(decoded, interleaved(weight, heads))
         assert [int(size) for size in tensor.shape] == list(weight.shape[::-1])
     assert reader.fields["llama.attention.head_count_kv"].contents() == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_stock_transformers_reads_what_was_written(tmp_path: Path, family: str) -> None:
+    source = quantized(tmp_path, family, "W4A16_G32")
+    lowbit.convert(source, tmp_path / "out", "gguf", **QUIET)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32
+    )
+    expected = weights(source)
+    for name, parameter in stock.named_parameters():
+        weight = expected.get(name.removesuffix(".weight"), expected.get(name))
+        assert torch.equal(parameter, weight), name
 
 
 def test_zero_points_become_minima_exactly_or_on_request(tmp_path: Path) -> None:
