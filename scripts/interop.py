@@ -4,6 +4,8 @@ Each client is installed into an environment of its own, from the package index,
 the next run. An environment that exists already may be named instead, by its interpreter:
 
     LOWBIT_INTEROP_LLAMA_CPP=/opt/llama/bin/python python scripts/interop.py
+
+A run of some clients (`--clients`) replaces their rows of the result and keeps those of the others.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from scripts.peers.environments import prepare
 from scripts.provenance import RESULTS, ROOT, write_result
 
 TESTS = ROOT / "tests" / "interop"
+KEYS = ("format", "direction", "client", "equality")  # of a pair
 # client -> its environment, and the packages whose versions are worth telling.
 CLIENTS: dict[str, tuple[Environment, tuple[str, ...]]] = {
     "transformers": (
@@ -124,7 +127,30 @@ def summary(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "cases": sorted(outcome["tests"]),
             }
         )
-    return sorted(rows, key=lambda row: (row["format"], row["direction"], row["client"]))
+    return sorted(rows, key=lambda row: tuple(row[key] for key in KEYS))
+
+
+def with_earlier(
+    rows: list[dict[str, Any]], content: dict[str, Any], file: Path
+) -> list[dict[str, Any]]:
+    """Returns `rows` and, of clients that were not asked for, those of the result in `file`.
+
+    Args:
+        rows: of this run.
+        content: of this run, its `clients` are completed.
+        file: the earlier result.
+    """
+    earlier = json.loads(file.read_text()) if file.exists() else {"pairs": [], "clients": {}}
+    origin = earlier.get("provenance", {})
+    run = [row for row in rows if row["outcome"] != "not run"]
+    known = {tuple(row[key] for key in KEYS) for row in run}
+    content["clients"] = earlier["clients"] | content["clients"]
+    kept = [
+        {"commit": origin.get("commit"), "date": origin.get("date"), **row}
+        for row in earlier["pairs"]
+        if tuple(row[key] for key in KEYS) not in known
+    ]
+    return sorted([*run, *kept], key=lambda row: tuple(row[key] for key in KEYS))
 
 
 def main() -> None:
@@ -153,6 +179,8 @@ def _run(arguments: argparse.Namespace) -> None:
         "clients": {name: versions(found[name], CLIENTS[name][1]) for name in names},
         "pairs": rows,
     }
+    if set(names) != CLIENTS.keys():
+        rows = content["pairs"] = with_earlier(rows, content, arguments.json)
     write_result(arguments.json, "make test-interop", content)
     counts = Counter(row["outcome"] for row in rows)
     print(", ".join(f"{count} pairs {state}" for state, count in counts.items()))

@@ -53,7 +53,9 @@ def test_packed_weights_of_theirs_are_read(
         assert torch.equal(loaded(IDS).logits, answer["logits"])
 
 
-@pytest.mark.pair("compressed-tensors (W8A8)", "read", CLIENT, "equal weights")
+@pytest.mark.pair(
+    "compressed-tensors (W8A8)", "read", CLIENT, "equal weights, logits within rounding"
+)
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_int8_activations_of_theirs_are_read(dynamic: bool, tmp_path: Path) -> None:
     activations = {"num_bits": 8, "symmetric": True, "type": "int", "dynamic": dynamic}
@@ -62,5 +64,10 @@ def test_int8_activations_of_theirs_are_read(dynamic: bool, tmp_path: Path) -> N
     path, answer = written(tmp_path, method="rtn", weights=weights, activations=activations)
     loaded = lowbit.load(path)
     require_equal_weights(our_weights(loaded), their_weights(answer), torch.bfloat16, LAYERS)
+    plain = lowbit.convert(path, tmp_path / "plain", "bf16", progress=False).path
     with torch.no_grad():
-        assert relative(loaded(IDS).logits, answer["logits"]) < 0.05
+        ours = loaded(IDS).logits
+        cost = relative(ours, lowbit.load(plain)(IDS).logits)
+    # Both round activations, in bf16 and at other ties (and per token to another width): two
+    # independent errors of the size that rounding costs differ by the root of two.
+    assert relative(ours, answer["logits"]) < 1.6 * cost

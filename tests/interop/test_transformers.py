@@ -65,7 +65,9 @@ def test_compressed_tensors_of_ours_are_loaded(
     assert torch.equal(our_logits(out), answer["logits"])
 
 
-@pytest.mark.pair("compressed-tensors (W8A8)", "write", CLIENT, "equal weights")
+@pytest.mark.pair(
+    "compressed-tensors (W8A8)", "write", CLIENT, "equal weights, logits within rounding"
+)
 @pytest.mark.parametrize("scheme", ["W8A8_BF16"])
 def test_int8_activations_of_ours_are_loaded(scheme: str, tmp_path: Path) -> None:
     require(CLIENT)
@@ -74,8 +76,11 @@ def test_int8_activations_of_ours_are_loaded(scheme: str, tmp_path: Path) -> Non
     answer = ask(CLIENT, tmp_path / "client", do="stock", model=out, dtype="bfloat16")
     ours = our_weights(lowbit.load(out))
     require_equal_weights(ours, their_weights(answer), torch.bfloat16, LAYERS)
-    # Its scale per token is max / 127.5, ours max / 127: other roundings, of the same size.
-    assert relative(answer["logits"], our_logits(out)) < 0.05
+    plain = lowbit.convert(out, tmp_path / "plain", "bf16", progress=False).path
+    cost = relative(our_logits(out), our_logits(plain))
+    # Its scale per token is max / 127.5, ours max / 127: two independent errors of the size that
+    # rounding costs differ by the root of two.
+    assert relative(answer["logits"], our_logits(out)) < 1.6 * cost
 
 
 @pytest.mark.pair("bnb", "write", CLIENT, "equal weights and logits")
