@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lowbit.formats.table import LAYOUTS
-from scripts.interop import CLIENTS, summary, variable
+from scripts.interop import CLIENTS, summary, variable, with_earlier
 from scripts.provenance import RESULTS
 from scripts.tables.formats import fuzz, interop
 
@@ -43,6 +45,27 @@ def test_findings_are_shown() -> None:
     result |= {"cases": {"gptq": 1234}, "seconds": 3600.0, "findings": [finding]}
     assert "1,234 damaged files and folders in 60 minutes: **1 findings**" in fuzz(result)
     assert "- `gptq:1:2`: time, 3.0 s" in fuzz(result)
+
+
+def test_a_run_of_some_clients_keeps_the_rows_of_others(tmp_path: Path) -> None:
+    other = ["awq", "read", "autoround", "equal weights"]
+    earlier = summary([{"pair": pair, "tests": {"a": ["failed", "x"]}} for pair in (PAIR, other)])
+    file = tmp_path / "interop.json"
+    origin = {"commit": "abc", "date": "2026-01-01"}
+    clients = {"autoround": {"auto-round": "1"}}
+    file.write_text(json.dumps({"provenance": origin, "clients": clients, "pairs": earlier}))
+    content: dict[str, Any] = {"clients": {"gptqmodel": {"gptqmodel": "7"}}}
+    outcomes = [
+        {"pair": PAIR, "tests": {"a": ["passed", ""]}},
+        {"pair": other, "tests": {"a": ["not run", "no interpreter"]}},
+    ]
+    rows = with_earlier(summary(outcomes), content, file)
+    assert [(row["format"], row["outcome"]) for row in rows] == [
+        ("awq", "failed"),
+        ("gptq", "passed"),
+    ]
+    assert rows[0]["commit"] == "abc"
+    assert content["clients"].keys() == {"autoround", "gptqmodel"}
 
 
 @pytest.mark.skipif(not (RESULTS / "interop.json").exists(), reason="not run yet")
