@@ -168,7 +168,7 @@ def draw(rows: Sequence[dict[str, Any]], test: str, file: Path, title: str) -> N
     axes.set_ylabel(f"KL to the 16-bit model on {test}, nats per token")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
