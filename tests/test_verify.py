@@ -125,6 +125,29 @@ def test_one_bit(one: Path) -> None:
     assert file.name in verify(one).failed["hashes"]
 
 
+def test_nothing_is_made_of_a_damaged_checkpoint(
+    one: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    (one / "tokenizer_config.json").unlink()  # of no tokenizer
+    sound, to = tmp_path / "x.gguf", "gptq" if one.name == "lowbit" else "lowbit"
+    with pytest.warns(UserWarning, match=r"tokenizer_config.json: is missing; what is there"):
+        lowbit.convert(one, sound, "gguf", progress=False)
+    edit(one, scale_of(one), lambda t: t[scale_of(one)].mul_(1.5), honest=True)
+    content = bytearray(sound.read_bytes())
+    content[-40] ^= 1
+    sound.write_bytes(content)
+    for source, target, words in (
+        (one, to, "is not the file that was written"),
+        (one, "bf16", "is not the file that was written"),
+        (one, "gguf", "is not the file that was written"),
+        (sound, "gptq", "the data has changed since it was written"),
+    ):
+        assert status(["convert", str(source), str(tmp_path / "out"), "--to", target]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_scale_under_honest_looking_hashes(copy: Path) -> None:
     """Both sides of the probe read the same wrong scale: only what was in memory tells."""
     name = scale_of(copy)

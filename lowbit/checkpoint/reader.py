@@ -160,14 +160,18 @@ class Checkpoint:
             advance: told the bytes of every chunk that was read.
 
         Raises:
-            LowbitError: naming a tensor that holds NaN or Inf.
+            LowbitError: naming a tensor that holds NaN or Inf, or a shard that is not the one in
+                the manifest of the run of ours that wrote it.
         """
+        from lowbit.checkpoint.manifest import require_written  # which reads with this file
+
         digests, broken = self.scan(advance, stop=True)
         for entry, kind in broken:
             raise LowbitError(
                 f"{entry.file}: tensor {entry.name!r} holds {kind}; a model with such weights is "
                 "broken, fetch it again"
             )
+        require_written(self.path, digests)
         return digests
 
     def scan(

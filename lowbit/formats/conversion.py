@@ -33,6 +33,7 @@ from lowbit.checkpoint.journal import (
     module_reports,
     refuse_occupied,
 )
+from lowbit.checkpoint.manifest import changed_side_files, read_manifest
 from lowbit.checkpoint.reader import SINGLE_NAME, file_digest
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.checkpoint import SUFFIX, GgufCheckpoint
@@ -102,8 +103,9 @@ def convert(
     if to.lower() == Gguf.name:
         if resume:
             raise LowbitError("a GGUF file is written as a whole; leave out --resume")
-        file, manifest = write_gguf(source, output, gguf or GgufOptions(), requantize, progress)
         place = open_checkpoint(source).path
+        _warn_of_side_files(place)
+        file, manifest = write_gguf(source, output, gguf or GgufOptions(), requantize, progress)
         return ConvertedCheckpoint(file, after_gguf(file, manifest, place, verify, progress))
     if gguf is not None:
         raise LowbitError(f"--gguf-type and --stats are for --to gguf, not for --to {to}")
@@ -116,6 +118,7 @@ def convert(
     require_space(directory, _needed_bytes(plan), "a converted checkpoint")
     _warn_of_clients(plan)
     _warn_of_decoded(plan)
+    _warn_of_side_files(checkpoint.path)
     with RunProgress(progress) as bar:
         sizes = sum(file.stat().st_size for file in checkpoint.files())
         bar.stage("checking", sizes)
@@ -134,7 +137,9 @@ def convert(
             journal = Journal.start(directory, fingerprint)
             bar.stage("converting", sizes)
             _Run(plan, journal, bar).execute()
-            _finish(plan, journal)
+            # A finished one may be marked as bad in config.json.
+            if not journal.complete:
+                _finish(plan, journal)
     manifest = after_save(directory, checkpoint.path, str(source), verify, progress)
     return ConvertedCheckpoint(directory, manifest)
 
@@ -341,6 +346,13 @@ def _needed_bytes(plan: ConversionPlan) -> int:
         weights = math.prod(stored.shape)
         needed += 2 * weights if scheme is None else 1.1 * scheme.stored_bytes(stored.shape)
     return others + int(needed)
+
+
+def _warn_of_side_files(source: Path) -> None:
+    """Says which tokenizer files and their like are not what was copied: people do edit them."""
+    manifest = read_manifest(source)
+    for sentence in [] if manifest is None else changed_side_files(source, manifest):
+        warnings.warn(f"{source}: {sentence}; what is there is taken", stacklevel=3)
 
 
 def _warn_of_decoded(plan: ConversionPlan) -> None:

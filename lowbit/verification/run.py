@@ -13,6 +13,7 @@ from torch import nn
 
 from lowbit.checkpoint import Checkpoint, TensorEntry, write_json
 from lowbit.checkpoint.journal import CHECKSUM, JOURNAL_NAME
+from lowbit.checkpoint.manifest import read_manifest
 from lowbit.checkpoint.mark import MARK, marked_config, real_config
 from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
 from lowbit.errors import LowbitError, VerificationError
@@ -31,7 +32,6 @@ from lowbit.verification.stored import (
     check_hashes,
     check_quantized,
     not_finite,
-    read_manifest,
 )
 
 GGUF = ".gguf"

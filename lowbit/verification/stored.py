@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint import Checkpoint, TensorEntry
-from lowbit.checkpoint.journal import MANIFEST_NAME
-from lowbit.checkpoint.reader import INDEX_NAME, file_digest, read_json
+from lowbit.checkpoint.manifest import changed_side_files, check_shards, side_files_of
+from lowbit.checkpoint.reader import INDEX_NAME, read_json
 from lowbit.errors import LowbitError
 from lowbit.formats.base import Layout, StoredAs, quantization_of
 from lowbit.formats.hub_names import HubNames
@@ -42,29 +41,6 @@ class Subject:
         """Module name -> what the manifest says of it."""
         parts = (self.manifest or {}).get("parts", {})
         return {name: r for part in parts.values() for name, r in part.get("modules", {}).items()}
-
-
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Returns the manifest, None if there is none.
-
-    Raises:
-        LowbitError: it is not one.
-    """
-    file = directory / MANIFEST_NAME
-    if not file.exists():
-        return None
-    manifest = read_json(file, "")
-    parts = manifest.get("parts")
-    sound = isinstance(parts, dict) and all(
-        isinstance(part, dict)
-        and isinstance(part.get("file"), str)
-        and isinstance(part.get("modules", {}), dict)
-        and all(isinstance(report, dict) for report in part.get("modules", {}).values())
-        for part in parts.values()
-    )
-    if not sound:
-        raise LowbitError(f"{file}: is corrupt, its parts name no files")
-    return manifest
 
 
 def check_files(checkpoint: Checkpoint, manifest: Mapping[str, Any] | None) -> str:
@@ -101,33 +77,11 @@ def check_hashes(
     Raises:
         LowbitError: naming a file that is another.
     """
-    written = {part["file"]: part.get("sha256") for part in manifest["parts"].values()}
-    for name, digest in written.items():
-        if name not in digests:
-            raise LowbitError(f"{name}: is in the manifest, but no shard of the checkpoint")
-        if digests[name] != digest:
-            raise LowbitError(f"{name}: is not the file that was written (its SHA-256 differs)")
-    for name in digests:
-        if name not in written:
-            raise LowbitError(f"{name}: is a shard, but not in the manifest")
-    beside = _side_files(manifest)
-    for name, digest in beside.items():
-        file = checkpoint.path / Path(name).name
-        if not file.is_file():
-            raise LowbitError(f"{file.name}: is missing")
-        if file_digest(file) != digest:
-            raise LowbitError(f"{file.name}: is not the file that was copied (its SHA-256 differs)")
-    return f"{len(written)} shards and {len(beside)} other files are what was written"
-
-
-def _side_files(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Returns tokenizer files and their like -> SHA-256, as far as they were recorded."""
-    fingerprint = manifest.get("fingerprint")
-    whole = fingerprint if isinstance(fingerprint, dict) else {}
-    for found in (whole.get("model"), whole.get("source"), whole):
-        if isinstance(found, dict) and isinstance(found.get("side_files"), dict):
-            return dict(found["side_files"])
-    return {}
+    shards = check_shards(manifest, digests)
+    changed = changed_side_files(checkpoint.path, manifest)
+    if changed:
+        raise LowbitError(changed[0])
+    return f"{shards} shards and {len(side_files_of(manifest))} other files are what was written"
 
 
 def check_quantized(subject: Subject, view: ModelView) -> str:

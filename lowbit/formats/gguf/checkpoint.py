@@ -29,6 +29,7 @@ from lowbit.formats.gguf.blocks import (
     zero_points,
 )
 from lowbit.formats.gguf.configuration import architecture_of_file, config_of_file
+from lowbit.formats.gguf.digest import check_digest
 from lowbit.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from lowbit.formats.gguf.types import GgmlType
 
@@ -123,8 +124,12 @@ class GgufCheckpoint(Checkpoint):
         """Returns file name -> SHA-256, after looking at every float and every scale of a block.
 
         Raises:
-            LowbitError: naming a tensor that holds NaN or Inf.
+            LowbitError: naming a tensor that holds NaN or Inf; data that are not what we wrote.
         """
+        try:
+            check_digest(self.header)
+        except LowbitError as error:
+            raise LowbitError(f"{self.path}: {error}") from None
         for entry in self.entries.values():
             assert isinstance(entry, GgufEntry)
             width = (entry.end - entry.begin) // entry.rows

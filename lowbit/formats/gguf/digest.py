@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from lowbit.checkpoint.reader import HASH_CHUNK_BYTES
-from lowbit.formats.gguf.header import read_gguf_header
+from lowbit.errors import LowbitError
+from lowbit.formats.gguf.header import GgufHeader, read_gguf_header
 
 DIGEST_KEY, SUMMARY_KEY = "lowbit.data_sha256", "lowbit.summary"
 NO_DIGEST = "0" * 64
@@ -21,6 +22,20 @@ def data_digest(file: Path) -> str:
         while chunk := handle.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_digest(header: GgufHeader) -> str:
+    """Returns the digest that a file says its data has, which it has, or that it says none.
+
+    Raises:
+        LowbitError: the data has another.
+    """
+    said = header.metadata.get(DIGEST_KEY)
+    if said is None:
+        return "the file has none"
+    if said != data_digest(header.path):
+        raise LowbitError("the data has changed since it was written; copy or write it again")
+    return f"SHA-256 {str(said)[:12]}..."
 
 
 def fill_in_digest(file: Path) -> None:

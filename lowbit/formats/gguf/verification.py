@@ -12,7 +12,7 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.blocks import CHUNK_WEIGHTS, scales_are_finite, zero_scales
 from lowbit.formats.gguf.checkpoint import GgufCheckpoint, GgufEntry
-from lowbit.formats.gguf.digest import DIGEST_KEY, SUMMARY_KEY, data_digest
+from lowbit.formats.gguf.digest import DIGEST_KEY, SUMMARY_KEY, check_digest
 from lowbit.formats.gguf.header import MAX_ALIGNMENT, GgufHeader
 
 # name, passed, detail
@@ -39,7 +39,7 @@ def verify_file(path: str | Path) -> list[Check]:
         _named("types", lambda: _types(header)),
         _named("tokenizer", lambda: _tokenizer(checkpoint)),
     ]
-    return [*checks, _named("digest", lambda: _digest(header))]
+    return [*checks, _named("digest", lambda: check_digest(header))]
 
 
 def _named(name: str, check: Callable[[], str]) -> Check:
@@ -102,12 +102,3 @@ def _tokenizer(checkpoint: GgufCheckpoint) -> str:
     if tokens != rows:
         raise LowbitError(f"{tokens} tokens, but the embedding has {rows} rows")
     return f"{tokens} tokens"
-
-
-def _digest(header: GgufHeader) -> str:
-    said = header.metadata.get(DIGEST_KEY)
-    if said is None:
-        return "the file has none"
-    if said != data_digest(header.path):
-        raise LowbitError("the data has changed since it was written; copy or write it again")
-    return f"SHA-256 {str(said)[:12]}..."
