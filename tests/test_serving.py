@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import lowbit
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.formats import conversion
+from lowbit.formats.gguf import converting, digest, verify_file
+from lowbit.formats.gguf.converting import Converter
+from lowbit.verification import run as verification
 
 IDS = torch.arange(1, 33)[None]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -197,6 +202,117 @@ def test_llama_cpp_gets_one_file(
     assert status == 2
     assert "gpt_neox" in said
     assert not list(tmp_path.glob("o*"))
+
+
+def changing_digest() -> Callable[[Path], str]:
+    """Returns a digest that is another one whenever it is asked for."""
+    calls = itertools.count(1)
+    return lambda file: f"{next(calls):064x}"
+
+
+@pytest.mark.parametrize(
+    ("stop", "output"),
+    [("writing", "m.gguf"), ("checking", "m.gguf"), ("checking", "folder"), ("failing", "folder")],
+)
+def test_an_interrupted_file_is_finished_with_resume(
+    stop: str,
+    output: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / output
+    command = ["quantize", model, out, "--for", "llama.cpp"]
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if stop == "failing":
+            patched.setattr(digest, "data_digest", changing_digest())
+        elif stop == "checking":
+            patched.setattr(verification, "run_probe", interrupted)
+        else:
+            patched.setattr(converting, "read_module", interrupted)
+        status, _, said = run(capsys, *command)
+    assert status == (3 if stop == "failing" else 130)
+    assert "--resume goes on" in said or stop == "failing"
+    (tmp_path / f"{out.name}.tmp").write_bytes(b"half")
+    status, _, said = run(capsys, *command)
+    assert status == 2
+    assert re.search(rf"{out}: was interrupted.*add --resume", said.replace("\n", " "))
+    status, _, said = run(capsys, *command, "--resume")
+    assert status == 0, said
+    file = out if output == "m.gguf" else out / "model.gguf"
+    assert all(passed for _, passed, _ in verify_file(file))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left - {f"{out.name}.tmp"} == {file.name, *(["README.md"] if output == "folder" else [])}
+    # It is whole now, and stays.
+    status, _, said = run(capsys, *command, "--resume")
+    assert status == 2
+    assert f"{file}: is there already; choose another output" in said
+    if output == "folder":
+        card = (out / "README.md").read_text()
+        assert f"lowbit quantize {model.name} QUANTIZED" in card
+
+
+def test_resuming_never_replaces_a_file_of_something_else(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m.gguf"
+    command = ["quantize", model, out, "--for", "llama.cpp"]
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(converting, "read_module", interrupted)
+        assert run(capsys, *command)[0] == 130
+    assert run(capsys, "convert", model, out, "--to", "GGUF", "--gguf-type", "q8_0")[0] == 0
+    content = out.read_bytes()
+    status, _, said = run(capsys, *command, "--resume")
+    assert status == 2
+    assert "is there already" in said
+    assert out.read_bytes() == content
+
+
+def test_an_interrupted_conversion_says_that_a_file_is_all_or_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "folder"
+    command = ["convert", model, out, "--to", "gguf", "--gguf-type", "Q8_0"]
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Converter, "rows", interrupted)
+        status, _, said = run(capsys, *command)
+    assert status == 130
+    assert "written as a whole or not at all" in said
+    assert "--resume" not in said
+    # What failed its check does not keep the folder occupied.
+    with monkeypatch.context() as patched:
+        patched.setattr(digest, "data_digest", changing_digest())
+        assert run(capsys, *command)[0] == 3
+    assert [path.name for path in out.iterdir()] == ["model.gguf.bad"]
+    status, _, said = run(capsys, *command)
+    assert status == 0, said
+    assert {path.name for path in out.iterdir()} == {"model.gguf", "README.md"}
+
+
+def test_a_type_of_ggml_changes_no_engines_format_silently(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ["convert", model, out, "--gguf-type", "Q4_K"]
+    status, _, said = run(capsys, *given, "--for", "vllm")
+    assert status == 2
+    assert "--for vllm writes compressed-tensors; leave them out" in said.replace("\n", " ")
+    assert not out.exists()
+    status, _, said = run(capsys, *given, "--for", "llama.cpp", "--to", "GGUF")
+    assert status == 0, said
 
 
 def test_transformers_reads_our_own_format(model: Path, tmp_path: Path) -> None:

@@ -86,14 +86,16 @@ def convert_command(
     from lowbit.formats.conversion import convert
     from lowbit.formats.gguf.writing import GgufOptions
 
+    to = None if to is None else to.lower()
     if engine is not None and (gguf_type or stats):
-        to = to or GGUF  # codes are chosen anew, so nothing of the source limits them
+        # Codes are chosen anew, so nothing of the source limits them.
+        to = to or _only_gguf(engine)
         require_read(engine, to)
     elif engine is not None:
         to = _format_for(source, engine, tp, to, requantize)
     elif to is None:
         raise LowbitError("give the format (--to gptq) or what will serve it (--for vllm)")
-    with exit_interrupted():
+    with exit_interrupted(*_rest(to, output)):
         chosen = None if gguf_type is None and stats is None else GgufOptions(gguf_type, stats)
         result = convert(
             source,
@@ -111,6 +113,35 @@ def convert_command(
         typer.echo(json.dumps({"path": str(result.path), **summary}, indent=2))
     else:
         _print_summary(result.path, summary)
+
+
+def _only_gguf(engine: str) -> str:
+    """Returns the format that --gguf-type is for, where the engine's own choice is that too.
+
+    Raises:
+        LowbitError: if it would be another one.
+    """
+    from lowbit.engines import engine_named
+
+    best = engine_named(engine).writes[0]
+    if best != GGUF:
+        raise LowbitError(
+            f"--gguf-type and --stats are for GGUF files, but --for {engine} writes {best}; leave "
+            "them out, or add --to gguf where the engine reads it"
+        )
+    return GGUF
+
+
+def _rest(to: str, output: Path) -> tuple[str, ...]:
+    """Returns what is said to somebody who interrupts, if it is not the usual."""
+    from lowbit.formats.gguf.writing import file_of
+
+    if to != GGUF:
+        return ()
+    return (
+        "a GGUF file is written as a whole or not at all; where "
+        f"{file_of(output)} is there, `lowbit verify` checks it",
+    )
 
 
 def _format_for(

@@ -22,10 +22,9 @@ from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
 from lowbit.pipeline.allocation import choose_schemes, make_allocation
 from lowbit.pipeline.plan import Plan, QuantizedCheckpoint
-from lowbit.pipeline.serving import DEFAULT_SCHEME, Serving
+from lowbit.pipeline.serving import DEFAULT_SCHEME, Serving, check_output
 from lowbit.pipeline.source import (
     calibration_tokens,
-    check_places,
     compute_dtype,
     linear_widths,
     local_directory,
@@ -121,7 +120,7 @@ def quantize(
     )
     directory, where = Path(output), choose_device(device)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(local_directory(model))
-    check_places(checkpoint, directory, resume)
+    check_output(checkpoint, directory, target, resume)
     stored = None if stats is None else StoredStatistics.open(stats)
     has_data = calibration is not None or stored is not None
     if calibration is not None and stored is not None:

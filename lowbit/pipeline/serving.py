@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.allocation.allocate import OPTIONS, Allocation
-from lowbit.checkpoint import write_json
+from lowbit.checkpoint import Checkpoint, write_json
 from lowbit.checkpoint.journal import JOURNAL_NAME, MANIFEST_NAME, stored_run
 from lowbit.engines.choice import Target, with_scheme
 from lowbit.engines.linter import Checkpoint as Given
@@ -25,9 +25,10 @@ from lowbit.errors import LowbitError
 from lowbit.formats.gguf.layout import Gguf
 from lowbit.formats.own import Lowbit
 from lowbit.hf.config import LowbitConfig
-from lowbit.model_card.origin import ORIGIN
+from lowbit.model_card.origin import ORIGIN, origin_of
 from lowbit.models.selection import select_modules
 from lowbit.models.streaming import StreamedDecoder
+from lowbit.pipeline.source import check_places
 from lowbit.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -149,14 +150,18 @@ class Serving:
         if layout == Lowbit.name:
             return plan.execute(resume, progress)
         from lowbit.formats.conversion import convert
+        from lowbit.formats.gguf.writing import GgufOptions
 
-        output = plan.directory
-        staging = output.with_name(output.name + STAGING)
+        output, staging = plan.directory, staging_of(plan.directory)
         finished = _finished(output)
         if resume and finished is not None and not staging.exists():
             return _again(plan, output, finished)
         quantized = dataclasses.replace(plan, directory=staging).execute(resume, progress)
         is_file = layout == Gguf.name
+        if is_file:
+            # The card is written with the file, and is of the model.
+            origin = {ORIGIN: origin_of(plan.decoder.checkpoint.path)}
+            write_json(staging / MANIFEST_NAME, {**quantized.manifest, **origin})
         made = convert(
             staging,
             output,
@@ -166,9 +171,12 @@ class Serving:
             resume=resume and not is_file,
             verify=verify and is_file,
             progress=progress,
+            # Where a run was interrupted in checking the file, it is made again: only then is known
+            # what every weight of it has to be.
+            gguf=GgufOptions(replace=resume) if is_file else None,
         )
         # Made of the model, not of the folder beside the output.
-        own = {key: value for key, value in made.manifest.items() if key != ORIGIN}
+        own = {key: value for key, value in made.manifest.items() if is_file or key != ORIGIN}
         manifest = {**own, QUANTIZED: quantized.manifest}
         if not is_file:
             write_json(made.path / MANIFEST_NAME, manifest)
@@ -181,6 +189,40 @@ class Serving:
             described(self.decoder.model), dtype=dtype_of(self.decoder.checkpoint.config)
         )
         return Given.of_model("", selected, model)
+
+
+def staging_of(output: Path) -> Path:
+    """Returns the folder beside the output that holds the codes until they have their format."""
+    return output.with_name(output.name + STAGING)
+
+
+def check_output(checkpoint: Checkpoint, output: Path, target: Target | None, resume: bool) -> None:
+    """Refuses a model that is quantized already, and an output that is not free for this run.
+
+    Args:
+        checkpoint: the model.
+        output: the folder or file that the user named.
+        target: None for a checkpoint in our own format.
+        resume: go on with an interrupted run.
+
+    Raises:
+        LowbitError: saying what is there.
+    """
+    from lowbit.formats.gguf.writing import file_of, require_free
+
+    layout = Lowbit.name if target is None else target.layouts[0]
+    staging = staging_of(output)
+    unfinished = layout != Lowbit.name and staging.is_dir() and any(staging.iterdir())
+    if unfinished and not resume:
+        raise LowbitError(
+            f"{output}: was interrupted before it was whole, and {staging} has what is finished; "
+            "add --resume to go on with it"
+        )
+    if layout != Gguf.name:
+        check_places(checkpoint, output, resume)
+        return
+    check_places(checkpoint, staging, resume)
+    require_free(file_of(output), str(staging) if unfinished else None)
 
 
 def _with_scheme(config: LowbitConfig, scheme: Scheme) -> LowbitConfig:

@@ -27,11 +27,13 @@ from lowbit.formats.gguf.checkpoint import FILE_NAME, SUFFIX
 from lowbit.formats.gguf.configuration import llama3_factors, metadata_of_config, rope_of
 from lowbit.formats.gguf.converting import Converter
 from lowbit.formats.gguf.digest import DIGEST_KEY, NO_DIGEST, SUMMARY_KEY, fill_in_digest
+from lowbit.formats.gguf.header import read_gguf_header
 from lowbit.formats.gguf.plan import GgufPlan, plan_file
 from lowbit.formats.gguf.vocabulary import add_vocabulary
 from lowbit.formats.own import Bf16
 from lowbit.formats.reading import open_checkpoint
 from lowbit.hf.loading import choose_device
+from lowbit.model_card.origin import CARD_NAME
 from lowbit.pipeline.output import digest_json
 from lowbit.pipeline.source import require_space
 from lowbit.pipeline.stored_statistics import StoredStatistics
@@ -42,6 +44,9 @@ QUANTIZATION_VERSION = 2  # of ggml, since 2023
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
+NAME_KEY = "general.name"
+# After the name of a file that failed its check, see `lowbit/verification/run.py`.
+BAD = ".bad"
 # Room on the disk for what is no tensor.
 HEADER_ROOM = 1 << 25
 
@@ -55,10 +60,12 @@ class GgufOptions:
             "F32" for none. None keeps the codes of the source. With a type the source may be a
             model in 16 bits.
         stats: folder of what `lowbit calibrate` measured of such a source: GPTQ chooses the codes.
+        replace: write over a file that an interrupted run has made of this very source.
     """
 
     kind: str | None = None
     stats: str | Path | None = None
+    replace: bool = False
 
 
 def write_gguf(
@@ -84,8 +91,8 @@ def write_gguf(
         LowbitError: bad input; nothing is left behind.
     """
     _require_package()
-    file = Path(output) if Path(output).suffix == SUFFIX else Path(output) / FILE_NAME
-    _require_free(file)
+    file = file_of(output)
+    require_free(file, str(source) if options.replace else None)
     checkpoint = open_checkpoint(source)
     plan = plan_file(checkpoint, options.kind, requantize)
     statistics = None if options.stats is None else StoredStatistics.open(options.stats)
@@ -191,6 +198,8 @@ def _new_file(file: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.replace(file)
+            # Of an earlier run that failed its check.
+            file.with_name(file.name + BAD).unlink(missing_ok=True)
             fsync_directory(file.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -208,19 +217,45 @@ def _require_package() -> None:
         ) from None
 
 
-def _require_free(file: Path) -> None:
-    """Refuses a file that is there, and a folder that holds something else."""
+def file_of(output: str | Path) -> Path:
+    """Returns the file that is written for `output`: itself, or one in the folder of that name."""
+    return Path(output) if Path(output).suffix == SUFFIX else Path(output) / FILE_NAME
+
+
+def require_free(file: Path, source: str | None = None) -> None:
+    """Refuses a file that is there, and a folder that holds something else.
+
+    What failed its check, and what a killed run has left half-written, counts as nothing.
+
+    Args:
+        file: to be written.
+        source: if given, a file that was made of this folder may be there, with its card.
+
+    Raises:
+        LowbitError: saying what is there.
+    """
+    own = {file.name + TEMPORARY_SUFFIX, file.name + BAD}
     if file.exists():
-        raise LowbitError(f"{file}: is there already; choose another output")
+        if source is None or not _is_made_of(file, Path(source)):
+            raise LowbitError(f"{file}: is there already; choose another output")
+        own |= {file.name, CARD_NAME}
     if file.name != FILE_NAME or not file.parent.exists():
         return
     if not file.parent.is_dir():
         raise LowbitError(f"{file.parent}: is a file; choose a new folder, or a name in .gguf")
-    present = [each.name for each in file.parent.iterdir()]
-    if set(present) - {file.name + TEMPORARY_SUFFIX}:
+    others = {each.name for each in file.parent.iterdir()} - own
+    if others:
         raise LowbitError(
-            f"{file.parent}: is not empty (it holds {min(present)}); choose an empty or new folder"
+            f"{file.parent}: is not empty (it holds {min(others)}); choose an empty or new folder"
         )
+
+
+def _is_made_of(file: Path, source: Path) -> bool:
+    """Returns whether a file names `source` as what it was made of."""
+    try:
+        return read_gguf_header(file).metadata.get(NAME_KEY) == source.resolve().name
+    except LowbitError:
+        return False
 
 
 def _require_statistics(
