@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,8 @@ def test_a_file_that_fails_the_gate_gets_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = saved(tmp_path / "m", "llama", **NARROW)
-    monkeypatch.setattr(digest, "data_digest", lambda file: "1" * 64)
+    calls = itertools.count(1)
+    monkeypatch.setattr(digest, "data_digest", lambda file: f"{next(calls):064x}")
     command = ["convert", source, tmp_path / "x.gguf", "--to", "gguf", "--gguf-type", "Q8_0"]
     assert run(*command) == 3
     assert not (tmp_path / "x.gguf").exists()
@@ -413,6 +415,34 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="its tokenizer is WordPiece, needed byte-level BPE"):
         lowbit.convert(source, tmp_path / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"))
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_byte_level_bpe_without_merges_is_refused(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet[:200])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    source = saved(tmp_path / "m", "llama", **NARROW)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(source)
+    with pytest.raises(LowbitError, match=r"its tokenizer has no merges, and llama\.cpp"):
+        lowbit.convert(source, tmp_path / "new" / "x.gguf", "gguf", gguf=GgufOptions("Q8_0"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_rounded_activations_are_left_behind_with_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "a").mkdir()
+    source = quantized(tmp_path / "a", "llama", "W8A8", dynamic={"down_proj": "W8A16_G32"})
+    lowbit.convert(source, tmp_path / "x.gguf", "gguf", **QUIET)
+    said = [str(w.message) for w in recwarn if "how activations are" in str(w.message)]
+    assert len(said) == 1
+    assert "6 weights" in said[0]
+    assert "W8A8" in said[0]
+    (tmp_path / "b").mkdir()
+    recwarn.clear()
+    source = quantized(tmp_path / "b", "llama", "W8A16_G32")
+    lowbit.convert(source, tmp_path / "y.gguf", "gguf", **QUIET)
+    assert not [w for w in recwarn if "how activations are" in str(w.message)]
 
 
 def test_llama_3_scaling_goes_there_and_back(tmp_path: Path) -> None:

@@ -251,6 +251,15 @@ class _Planner:
             )
 
     def _warn(self) -> None:
+        rounding = [s for s in self.modules.values() if s.scheme.activations is not None]
+        if rounding:
+            what = f"{len(rounding)} weights are" if len(rounding) > 1 else "a weight is"
+            warnings.warn(
+                f"{what} {rounding[0].scheme}: a GGUF file does not say how activations are "
+                "rounded, so the file has the weights only, and llama.cpp rounds activations in "
+                "its own way",
+                stacklevel=5,
+            )
         if self.fallbacks:
             names = list(self.fallbacks)
             made = {n: self.tensors[self.architecture.file_name(n) or n].kind.name for n in names}

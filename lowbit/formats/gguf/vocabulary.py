@@ -63,6 +63,11 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
             f"{directory}: its tokenizer is {model.get('type', 'not in tokenizer.json')}, needed "
             "byte-level BPE, or BPE with bytes to fall back on"
         )
+    if byte_level and not model.get("merges"):
+        raise LowbitError(
+            f"{directory}: its tokenizer has no merges, and llama.cpp loads no byte-level BPE "
+            "without; move the tokenizer away for a file that takes token ids only"
+        )
     tokens, types = _tokens(content, vocab_size, directory)
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")
     writer.add_tokenizer_pre(_pre_name(backend, directory) if byte_level else "default")
