@@ -188,6 +188,9 @@ def test_llama_cpp_gets_one_file(
     status, shown, said = run(capsys, "quantize", model, out, "--for", "llama.cpp")
     assert status == 0, said
     assert f"serve it: llama-server -m {out}\n" in shown
+    size = re.search(r"size on disk +([0-9.]+) MB", shown)
+    assert size is not None
+    assert float(size[1]) == round(out.stat().st_size / 1e6, 1) > 0
     assert out.is_file()
     assert not (tmp_path / "m.gguf.quantized").exists()
     with torch.no_grad():

@@ -20,7 +20,7 @@ from lowbit.cli.options import (
     require_read,
 )
 from lowbit.cli.quantize import exit_interrupted
-from lowbit.cli.screen import screen
+from lowbit.cli.screen import screen, size_on_disk
 from lowbit.errors import LowbitError
 
 # Of a long list, so many lines are shown.
@@ -159,11 +159,9 @@ def _format_for(
 
 def _print_summary(path: Path, summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files)
     table.add_row("written", str(path))
     table.add_row("format", summary["format"])
-    table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
+    table.add_row("size on disk", size_on_disk(path))
     table.add_row("stored as", ", ".join(summary["schemes"]))
     table.add_row("kept bit for bit", f"{summary['exact']} weights")
     rounded = summary["rounded"]

@@ -30,7 +30,7 @@ from lowbit.cli.options import (
     print_serve,
     require_engine,
 )
-from lowbit.cli.screen import screen
+from lowbit.cli.screen import screen, size_on_disk
 from lowbit.errors import LowbitError, unknown_name
 
 if TYPE_CHECKING:
@@ -247,9 +247,8 @@ def _dynamic(pairs: list[str]) -> dict[str, str | None]:
 
 def _print_summary(path: Path, method: str, summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     table.add_row("written", str(path))
-    table.add_row("size on disk", f"{size / 1e6:,.1f} MB")
+    table.add_row("size on disk", size_on_disk(path))
     table.add_row("method", method)
     table.add_row("schemes", ", ".join(summary["schemes"]))
     table.add_row("quantized weights", f"{summary['quantized_weights']:,}")
