@@ -13,14 +13,17 @@ from safetensors.torch import save_file
 from tiny_models import make_tiny
 
 import lowbit
+from lowbit.algorithms import make_algorithm
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.cli import main
 from lowbit.engines import ENGINES, engine_named, findings
+from lowbit.formats.gguf.writing import GgufOptions
 from lowbit.formats.table import layout_of
 from lowbit.model_card import write_card
 from lowbit.model_card.commands import commands
 from lowbit.model_card.origin import origin_of
+from lowbit.pipeline import calibrate
 
 SOURCE_CARD = """---
 license: llama3.2
@@ -132,6 +135,65 @@ def test_a_conversion_keeps_the_past(made: Path, tmp_path: Path) -> None:
     assert "lowbit quantize meta/tiny-llama QUANTIZED" in back
     lowbit.convert(made / "q", tmp_path / "plain", "bf16", progress=False)
     assert metadata_load(tmp_path / "plain" / "README.md")["base_model_relation"] == "finetune"
+
+
+def rerun(line: str, places: dict[str, Path]) -> None:
+    """Runs a command of a card."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(places.get(word, word)) for word in line.split()[1:]])
+    assert exit_info.value.code == 0
+
+
+def test_a_file_of_a_model_in_16_bits_is_quantized_and_made_again(
+    made: Path, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    source, stats = tmp_path / "m", tmp_path / "stats"
+    changes = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 64, "num_hidden_layers": 1}
+    make_tiny("llama", torch.bfloat16, **changes).save_pretrained(source)
+    tokens = made / "tokens.safetensors"
+    calibrate(source, stats, calibration=tokens, samples=4, seqlen=64, progress=False)
+    command = ["lowbit convert", "m", "OUTPUT", "--to gguf --gguf-type Q4_K --stats STATISTICS"]
+    places = {"m": source, "OUTPUT": tmp_path / "g", "STATISTICS": stats}
+    rerun(" ".join(command), places)
+    card = card_of(tmp_path / "g")
+    assert "# m, Q4_K, Q8_0\n" in card  # 288 is no multiple of a block
+    assert "`m`, quantized by lowbit" in card
+    line = card.partition("```bash\n")[2].splitlines()[0]
+    assert line == " ".join(command)
+    reader = gguf.GGUFReader(tmp_path / "g" / "model.gguf")
+    plain = sum(t.n_bytes for t in reader.tensors if t.tensor_type.name in ("F32", "BF16"))
+    assert f"| in 16 or 32 bits | {plain / 1e6:,.1f} MB: " in card
+    rerun(line, {**places, "OUTPUT": tmp_path / "again"})
+    first, second = (tmp_path / name / "model.gguf" for name in ("g", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_hub_is_told_that_a_file_is_quantized(made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = next((made / "models--meta--tiny-llama" / "snapshots").iterdir())
+    for kind, relation in (("Q6_K", "quantized"), ("BF16", "finetune")):
+        options = GgufOptions(kind)
+        lowbit.convert(source, tmp_path / kind, "gguf", gguf=options, verify=False, progress=False)
+        assert metadata_load(tmp_path / kind / "README.md")["base_model_relation"] == relation
+
+
+def test_options_of_an_algorithm_are_in_the_command(made: Path, tmp_path: Path) -> None:
+    source = next((made / "models--meta--tiny-llama" / "snapshots").iterdir())
+    algorithm = make_algorithm("rtn", search=False)
+    first = tmp_path / "q"
+    lowbit.quantize(source, first, scheme="W4A16_G32", algorithm=algorithm, progress=False)
+    manifest = json.loads((first / MANIFEST_NAME).read_text())
+    (line,) = commands(manifest)
+    assert line.endswith("--scheme W4A16_G32 --algorithm rtn --option search=false")
+    rerun(line, {"meta/tiny-llama": source, "OUTPUT": tmp_path / "again"})
+    for file in first.glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    # What only Python can ask for has no command, and neither has what was made of it.
+    manifest["fingerprint"]["options"]["recipe"] = {"mismatch": True}
+    assert commands(manifest) == []
+    made_of_it = {"fingerprint": {"to": "gguf"}, "quantized": manifest, "origin": {"name": "x"}}
+    assert commands(made_of_it) == []
 
 
 def test_a_measurement_goes_into_it(made: Path, tmp_path: Path) -> None:

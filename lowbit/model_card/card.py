@@ -54,6 +54,13 @@ class _Facts:
         return Counter(str(stored.scheme) for stored in self.modules.values())
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether there are codes; types of GGUF that are no schemes here are so too."""
+        if self.layout != Gguf.name:
+            return bool(self.modules)
+        return bool((self.manifest.get("summary") or {}).get("quantized_weights"))
+
+    @property
     def chosen(self) -> Mapping[str, Any]:
         """The manifest of the run that chose the codes."""
         chosen = self.manifest.get("quantized")
@@ -142,7 +149,7 @@ def _metadata(facts: _Facts) -> str:
     fields = dict(origin.get("metadata") or {})
     if origin.get("base_model"):
         fields["base_model"] = origin["base_model"]
-        fields["base_model_relation"] = "quantized" if facts.modules else "finetune"
+        fields["base_model_relation"] = "quantized" if facts.is_quantized else "finetune"
     fields["library_name"] = "gguf" if facts.layout == Gguf.name else "transformers"
     return ModelCardData(**fields, tags=tags).to_yaml() + "\n"
 
@@ -155,7 +162,7 @@ def _body(facts: _Facts) -> Iterator[str]:
     schemes = ", ".join(types if facts.layout == Gguf.name else facts.schemes) or _dtype(facts)
     title = name.rpartition("/")[2]
     yield f"# {title}, {schemes}\n"
-    made = "quantized" if facts.modules else "merged or decoded"
+    made = "quantized" if facts.is_quantized else "merged or decoded"
     yield f"{base}, {made} by lowbit {__version__}.\n"
     yield "| | |\n| --- | --- |"
     for key, value in _rows(facts):
@@ -195,7 +202,10 @@ def _rows(facts: _Facts) -> Iterator[tuple[str, str]]:
     entries = facts.checkpoint.entries
     owned = {t for stored in facts.modules.values() for t in stored.tensors}
     plain = _bytes(facts, [name for name in entries if name not in owned])
-    if facts.modules and plain:
+    if facts.layout == Gguf.name:
+        held = (facts.manifest.get("summary") or {}).get("quantized_bytes", 0)
+        plain = _bytes(facts, list(entries)) - held
+    if facts.is_quantized and plain:
         yield "in 16 or 32 bits", f"{plain / 1e6:,.1f} MB: embeddings, norms and what was left out"
     size = sum(file.stat().st_size for file in facts.checkpoint.files())
     yield "size on disk", f"{size / 1e6:,.1f} MB"

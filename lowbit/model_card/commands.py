@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowbit.algorithms import algorithm_options, make_algorithm
 from lowbit.model_card.origin import ORIGIN
 from lowbit.recipe import FOLDING, PRESETS, Recipe
 from lowbit.scheme import Scheme
@@ -34,8 +35,10 @@ def _commands(manifest: Mapping[str, Any]) -> list[str]:
     if "to" in fingerprint:
         chosen = manifest.get("quantized")
         before = _commands({**chosen, ORIGIN: manifest.get(ORIGIN)}) if chosen else []
+        if chosen and not before:
+            return []  # nobody could start with the second
         parts = ["convert", "QUANTIZED" if before else name, "OUTPUT", "--to", fingerprint["to"]]
-        last = [*parts, "--requantize"] if fingerprint.get("requantize") else parts
+        last = [*parts, *_conversion(fingerprint)]
         return [line.replace(" OUTPUT", " QUANTIZED") for line in before] + [_line(last)]
     if "derivation" in fingerprint:
         return [_line(["merge", name, "ADAPTER", "OUTPUT", *_merge(fingerprint)])]
@@ -49,17 +52,31 @@ def _commands(manifest: Mapping[str, Any]) -> list[str]:
     return [_line(["quantize", name, "OUTPUT", *_quantize(manifest, options)])]
 
 
+def _conversion(fingerprint: Mapping[str, Any]) -> Iterator[str]:
+    if "type" in fingerprint:
+        yield from ("--gguf-type", str(fingerprint["type"]))
+    if "statistics" in fingerprint:
+        yield from ("--stats", "STATISTICS")
+    if fingerprint.get("requantize"):
+        yield "--requantize"
+
+
 def method(options: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the option that chooses how codes were chosen, and its value.
 
     `--quality` or `--algorithm` where one of ours did exactly that, else the algorithm alone.
     """
+    return _named(options) or ("--algorithm", str(options.get("algorithm", "rtn")))
+
+
+def _named(options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns the option and the name of the recipe of ours that did exactly that, if one did."""
     own = (options.get("algorithm"), options.get("algorithm_options"), options.get("recipe") or {})
     for option, table in (("--quality", PRESETS), ("--algorithm", FOLDING)):
         for name, recipe in table.items():
             if own == _recorded(recipe):
                 return option, name
-    return "--algorithm", str(options.get("algorithm", "rtn"))
+    return None
 
 
 def _recorded(recipe: Recipe) -> tuple[str, Any, Any]:
@@ -72,8 +89,7 @@ def _recorded(recipe: Recipe) -> tuple[str, Any, Any]:
 def _quantize(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
     allocation = manifest.get("allocation")
     yield from ("--scheme", str(options.get("scheme")))
-    option, value = method(options)
-    yield from (option, value)
+    yield from _chosen(options)
     yield from _calibration((manifest["fingerprint"]).get("calibration"))
     if isinstance(allocation, Mapping):
         for key in ("target_bits", "target_size"):
@@ -111,8 +127,27 @@ def _merge(fingerprint: Mapping[str, Any]) -> Iterator[str]:
     yield from ("--to", str(Scheme.parse(options.get("scheme", ""))))
     if "base" not in fingerprint:  # the exact merge chooses no codes
         yield from _calibration(fingerprint.get("calibration"))
-        option, value = method(options)
-        yield from (option, value)
+        yield from _chosen(options, is_merge=True)
+
+
+def _chosen(options: Mapping[str, Any], is_merge: bool = False) -> Iterator[str]:
+    """Yields the options that choose codes in the same way, those of the algorithm as well.
+
+    Raises:
+        ValueError: there are none; a recipe may be anything in Python, and merging takes no
+            options of algorithms.
+    """
+    option, value = method(options)
+    yield from (option, value)
+    if _named(options) is not None:
+        return
+    given = options.get("algorithm_options") or {}
+    defaults = json.loads(json.dumps(algorithm_options(make_algorithm(value)), default=str))
+    changed = {key: found for key, found in given.items() if defaults.get(key) != found}
+    if options.get("recipe") or (changed and is_merge):
+        raise ValueError("no command has these options")
+    for key, found in changed.items():
+        yield from ("--option", f"{key}={found if isinstance(found, str) else json.dumps(found)}")
 
 
 def _line(parts: list[str]) -> str:

@@ -45,7 +45,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
 NAME_KEY = "general.name"
-# After the name of a file that failed its check, see `lowbit/verification/run.py`.
+# After the name of a file that failed its check, see `lowbit/verification`.
 BAD = ".bad"
 # Room on the disk for what is no tensor.
 HEADER_ROOM = 1 << 25
@@ -111,7 +111,12 @@ def write_gguf(
         bar.stage("converting", size)
         with _new_file(file) as temporary:
             reports = _write(temporary, plan, converter, bar)
-        return file, _manifest(plan, digests, reports)
+        chosen: dict[str, Any] = {"requantize": requantize}
+        if options.kind is not None:
+            chosen["type"] = options.kind.upper()
+        if statistics is not None:
+            chosen["statistics"] = digest_json(statistics.manifest)
+        return file, _manifest(plan, digests, reports, chosen)
 
 
 def _write(
@@ -272,6 +277,7 @@ def _manifest(
     plan: GgufPlan,
     digests: dict[str, str],
     reports: dict[str, dict[str, Any]],
+    chosen: dict[str, Any],
 ) -> dict[str, Any]:
     weights = sum(report["shape"][0] * report["shape"][1] for report in reports.values())
     stored = sum(report["stored_bytes"] for report in reports.values())
@@ -280,6 +286,7 @@ def _manifest(
         "versions": {"lowbit": __version__},
         "source": {"config": digest_json(plan.checkpoint.config), "weights": digests},
         "to": "gguf",
+        **chosen,
     }
     summary = {
         "format": "gguf",
