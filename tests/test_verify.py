@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoint.journal import MANIFEST_NAME
-from lowbit.checkpoint.mark import MARK
+from lowbit.checkpoint.mark import MARK, marked_config
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.writer import ShardWriter
 from lowbit.cli import main
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.nn import QuantLinear
 from lowbit.verification import Report, gate, verify
+from lowbit.verification.marking import clear_mark, stays_marked
+from lowbit.verification.report import Check
 
 UP, NORM = "model.layers.1.mlp.up_proj", "model.layers.1.input_layernorm.weight"
 # Layout -> the tensor of scales, and the scheme that it is made of.
@@ -417,10 +419,8 @@ def test_status_and_json(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_release_gate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokens = torch.randint(1, 250, (4, 128), generator=torch.Generator().manual_seed(1))
-    save_file({"input_ids": tokens.to(torch.int32)}, tmp_path / "tokens.safetensors")
     common = ["verify", str(made / "W4A16_G32"), "--against", str(made / "m")]
-    common += ["--text", str(tmp_path / "tokens.safetensors"), "--json"]
+    common += ["--text", tokens_for(tmp_path), "--json"]
     assert status([*common, "--max-kl", "5"]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert 1e-4 < measured["kl"] < 1
@@ -433,22 +433,47 @@ def test_the_release_gate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert verify(made / "W4A16_G32").ok
 
 
+@pytest.fixture(scope="module")
+def no_tokenizer(made: Path) -> Path:
+    """Returns a checkpoint of no tokenizer, as GGUF takes one of these vocabularies."""
+    out = made / "no_tokenizer"
+    shutil.copytree(made / "m", made / "m_no_tokenizer")
+    (made / "m_no_tokenizer" / "tokenizer_config.json").unlink()
+    source = made / "m_no_tokenizer"
+    lowbit.quantize(source, out, scheme="W4A16_G32", algorithm="rtn", progress=False)
+    return out
+
+
 def test_a_bad_gguf_file_gets_another_name(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    no_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("gguf")
     out, bad = tmp_path / "x.gguf", tmp_path / "x.gguf.bad"
-    source = tmp_path / "q"
-    shutil.copytree(made / "W4A16_G32", source)
-    (source / "tokenizer_config.json").unlink()  # of no tokenizer
+    command = ["convert", str(no_tokenizer), str(out), "--to", "gguf"]
     real = QuantLinear.forward
     with monkeypatch.context() as patch:
         patch.setattr(QuantLinear, "forward", lambda self, x: real(self, x) * 1.01)
-        assert status(["convert", str(source), str(out), "--to", "gguf"]) == 3
+        assert status(command) == 3
         assert status(["verify", str(bad)]) == 3
+        shutil.copy(bad, out)
+        bad.write_bytes(b"of somebody else")
+        with pytest.raises(VerificationError, match=r"`lowbit verify .*x-2.gguf.bad`"):
+            gate(out)
+        second = tmp_path / "x-2.gguf.bad"
+        assert bad.read_bytes() == b"of somebody else"  # nothing is overwritten
+        capsys.readouterr()
     assert not out.exists()
-    assert bad.exists()
-    assert status(["verify", str(bad)]) == 0
+    # The file may hold wrong weights, and nothing in it says which ones it should.
+    assert status(["verify", str(second), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["mark_cleared"]
+    assert "it stays marked as bad: the file does not say" in found["mark_stays"]
+    assert status(["verify", str(second)]) == 0
+    assert "it stays marked as bad" in capsys.readouterr().out
+    second.rename(out)
     report = verify(out)
     assert report.ok
     assert checks(report)["probe"]
@@ -456,3 +481,117 @@ def test_a_bad_gguf_file_gets_another_name(
     content[-40] ^= 1
     out.write_bytes(content)
     assert "digest" in verify(out).failed
+
+
+def test_a_mark_of_a_file_is_cleared_where_its_weights_were_compared(tmp_path: Path) -> None:
+    bad, free = tmp_path / "x.gguf.bad", tmp_path / "x.gguf"
+    bad.write_bytes(b"content")
+    report = Report(bad, "gguf", (Check("weights", True, "14 decode"),))
+    free.write_bytes(b"another")
+    assert "another x.gguf beside it" in (stays_marked(report) or "")
+    assert not clear_mark(report)
+    assert free.read_bytes() == b"another"
+    free.unlink()
+    assert clear_mark(report)
+    assert free.read_bytes() == b"content"
+    assert not bad.exists()
+
+
+def test_the_folder_of_a_gguf_file_stands_for_it(
+    no_tokenizer: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    folder, tokens = tmp_path / "folder", tokens_for(tmp_path)
+    lowbit.convert(no_tokenizer, folder, "gguf", progress=False)
+    against = ["--against", str(made / "m"), "--text", tokens]
+    assert status(["verify", str(folder), *against, "--json"]) == 0
+    kl = json.loads(capsys.readouterr().out)["measured"]["kl"]
+    assert status(["eval", str(folder), *against, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["divergence"]["mean"]
+    assert found["mean"] == pytest.approx(kl)
+    assert status(["verify", str(folder), *against, "--card"]) == 2
+    assert "has no manifest, and --card" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_may_end_in_gguf(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.gguf"
+    lowbit.convert(made / "W4A16_G32", out, "gptq", progress=False)
+    assert verify(out).layout == "gptq"
+    shutil.rmtree(out)
+    spoil(monkeypatch)
+    assert status(["convert", str(made / "W4A16_G32"), str(out), "--to", "gptq"]) == 3
+    assert f"`lowbit verify {out}`" in " ".join(capsys.readouterr().err.split())
+    assert MARK in json.loads((out / "config.json").read_text())
+
+
+def test_a_finished_conversion_keeps_its_mark(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(made / "W4A16_G32"), str(out), "--to", "gptq"]
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        assert status(command) == 3
+    assert status([*command, "--resume", "--no-verify"]) == 2
+    assert MARK in json.loads((out / "config.json").read_text())
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("it must not come to this")
+
+
+def test_bad_input_of_the_measurement_costs_no_checks(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a damaged checkpoint is still a report, whatever it is compared with."""
+    damaged, tokens = tmp_path / "awq", tokens_for(tmp_path)
+    shutil.copytree(made / "awq", damaged)
+    edit(damaged, NORM, lambda t: t.pop(NORM))
+    assert status(["verify", str(damaged), "--against", str(made / "m"), "--text", tokens]) == 3
+    (made / "gptq_strange").mkdir()
+    for file in (made / "gptq").iterdir():
+        if file.name != MANIFEST_NAME:
+            shutil.copy(file, made / "gptq_strange")
+    monkeypatch.setattr("lowbit.verification.run._Verification", never)
+    for path, arguments, words in (
+        ("awq", ["--against", str(tmp_path / "absent")], "no such directory"),
+        ("awq", ["--against", str(made / "m"), "--text", str(tmp_path / "a.npy")], "a.npy"),
+        ("gptq_strange", ["--against", str(made / "m"), "--card"], "has no manifest"),
+    ):
+        capsys.readouterr()
+        assert status(["verify", str(made / path), *arguments]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_card_comes_last_and_never_to_what_is_marked(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "awq"
+    shutil.copytree(made / "awq", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(marked_config(config, {"weights": "wrong"})))
+    command = ["verify", str(out), "--against", str(made / "m"), "--text", tokens_for(tmp_path)]
+    command += ["--card", "--json"]
+    card = (out / "README.md").read_text()
+    assert status([*command, "--max-kl", "0"]) == 3
+    assert json.loads(capsys.readouterr().out)["measured"]["kl"] > 0
+    assert (out / "README.md").read_text() == card
+    with monkeypatch.context() as patch:
+        patch.setattr("lowbit.model_card.write_measured", refused)
+        assert status(command) == 2
+    assert json.loads(capsys.readouterr().out)["mark_cleared"]  # the report was printed
+    assert status(command) == 0
+    assert "KL divergence" in (out / "README.md").read_text()
+
+
+def refused(*_: object) -> None:
+    raise LowbitError("a card that cannot be written")
+
+
+def tokens_for(tmp_path: Path) -> str:
+    """Returns a file of token ids."""
+    tokens = torch.randint(1, 250, (4, 128), generator=torch.Generator().manual_seed(1))
+    save_file({"input_ids": tokens.to(torch.int32)}, tmp_path / "tokens.safetensors")
+    return str(tmp_path / "tokens.safetensors")

@@ -21,7 +21,9 @@ STANDARD_OUTPUT = Path("-")
 
 
 def eval_command(
-    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub name.")],
+    path: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint, a hub name, or a GGUF file.")
+    ],
     text: Annotated[
         str,
         typer.Option(
@@ -65,6 +67,7 @@ def eval_command(
     from lowbit_eval.report import render
     from rich.console import Console
 
+    from lowbit.formats.reading import gguf_file
     from lowbit.hf.loading import (
         choose_device,
         evaluation_windows,
@@ -85,7 +88,8 @@ def eval_command(
         _check_baseline(against, chosen)
     model = with_adapter(load_model(path, dtype, target, activations), path, adapter)
     baseline = None if against is None else load_model(against, dtype, target)
-    size = measure_size(path) if Path(path).is_dir() else None
+    in_folder = Path(path).is_dir() and gguf_file(path) is None
+    size = measure_size(path) if in_folder else None
     with RunProgress(enabled=Console(stderr=True).is_terminal) as progress:
         progress.stage("windows", len(chosen))
         result = evaluate(model, chosen, baseline, slicing, size, lambda: progress.advance(1))

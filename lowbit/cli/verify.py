@@ -48,20 +48,24 @@ def verify_command(
 ) -> None:
     """Check a saved checkpoint; exit with status 3 if something is wrong with it.
 
-    Every save does this by itself; where everything passes, the mark of one that failed is cleared.
+    Every save does this by itself. Where everything passes, the mark of one that failed is cleared;
+    a GGUF file keeps it, for nothing in it says which weights it should hold.
 
     Example: lowbit verify ./llama-w4 --against ./llama --max-kl 0.05 --card
     """
     from rich.console import Console
 
+    from lowbit.checkpoint.manifest import read_manifest
     from lowbit.hf.loading import choose_device, quiet_libraries
     from lowbit.verification import verify
-    from lowbit.verification.run import settle_mark
+    from lowbit.verification.marking import clear_mark, is_marked, stays_marked
 
     if card and against is None:
         raise LowbitError("--card writes what --against has measured; give the original too")
-    if card and path.is_file():
-        raise LowbitError("--card is for folders that lowbit wrote; a GGUF file has no manifest")
+    if card and path.exists() and (path.is_file() or read_manifest(path) is None):
+        raise LowbitError(
+            f"{path}: has no manifest, and --card writes into what lowbit wrote; leave it out"
+        )
     quiet_libraries()
     with exit_interrupted("nothing was changed"):
         report = verify(
@@ -75,25 +79,27 @@ def verify_command(
             device=choose_device(device),
             progress=Console(stderr=True).is_terminal,
         )
-    cleared = report.ok and settle_mark(report)
-    if card and report.measured is not None:
+    stays = stays_marked(report)
+    cleared = clear_mark(report)
+    if json_output:
+        found = {**report.to_dict(), "mark_cleared": cleared, "mark_stays": stays}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print(report, "it was marked as bad, and is not any more" if cleared else stays)
+    if card and report.measured is not None and not is_marked(path):
         from lowbit.model_card import write_measured
 
         write_measured(path, report.measured)
-    if json_output:
-        typer.echo(json.dumps({**report.to_dict(), "mark_cleared": cleared}, indent=2))
-    else:
-        _print(report, cleared)
     if not report.ok:
         raise typer.Exit(3)
 
 
-def _print(report: Report, cleared: bool) -> None:
+def _print(report: Report, note: str | None) -> None:
     words = "passes" if report.ok else "FAILS"
     table = Table(
         title=f"{report.path} ({report.layout}) {words}",
         title_justify="left",
-        caption="it was marked as bad, and is not any more" if cleared else None,
+        caption=note,
         box=None,
     )
     table.add_column("check", no_wrap=True)

@@ -22,16 +22,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         LowbitError: for a path that is no checkpoint, and for one that is damaged.
     """
+    file = gguf_file(path)
+    if file is not None:
+        return GgufCheckpoint.open_file(file)
+    return Checkpoint.open(local_directory(path))
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """Returns the GGUF file that a path stands for, None for another checkpoint.
+
+    Args:
+        path: see `open_checkpoint`; nothing is fetched from the hub.
+
+    Raises:
+        LowbitError: a folder holds several.
+    """
     if Path(path).suffix == SUFFIX and not Path(path).is_dir():
-        return GgufCheckpoint.open_file(path)
-    directory = local_directory(path)
-    if directory.is_dir() and not (directory / "config.json").exists():
-        files = sorted(directory.glob(f"*{SUFFIX}"))
-        if len(files) > 1:
-            raise LowbitError(f"{directory}: holds {len(files)} GGUF files; give one of them")
-        if files:
-            return GgufCheckpoint.open_file(files[0])
-    return Checkpoint.open(directory)
+        return Path(path)
+    directory = Path(path)
+    if not directory.is_dir() or (directory / "config.json").exists():
+        return None
+    files = sorted(directory.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        raise LowbitError(f"{directory}: holds {len(files)} GGUF files; give one of them")
+    return files[0] if files else None
 
 
 def read_module(

@@ -128,8 +128,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """Returns the tokenizer of a checkpoint, or None for one without."""
     from transformers import AutoTokenizer
 
+    from lowbit.formats.reading import gguf_file
+
     path = str(path)
-    if (file := _gguf_file(path)) is not None:
+    if (file := gguf_file(path)) is not None:
         from lowbit.formats.gguf.tokenizer import load_gguf_tokenizer
 
         found: Tokenizer | None = load_gguf_tokenizer(file)
@@ -248,17 +250,6 @@ def is_foreign(quantization: Any) -> bool:
     fields = quantization if isinstance(quantization, dict) else {}
     others = (layout for layout in LAYOUTS.values() if not isinstance(layout, (Bf16, Lowbit)))
     return any(layout.matches(fields) for layout in others)
-
-
-def _gguf_file(path: str) -> Path | None:
-    """Returns the GGUF file that a path names, or that is alone in a folder; None for none."""
-    given = Path(path)
-    if given.suffix == ".gguf" and given.is_file():
-        return given
-    if not given.is_dir() or (given / "config.json").exists():
-        return None
-    files = sorted(given.glob("*.gguf"))
-    return files[0] if len(files) == 1 else None
 
 
 def check_loaded(path: str, info: dict[str, Any]) -> None:

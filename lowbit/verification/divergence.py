@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from lowbit.calibration.tokens import TOKEN_SUFFIXES, TokenWindows
 from lowbit.errors import LowbitError
-from lowbit.hf.loading import evaluation_windows, load_config, load_model
+from lowbit.hf.loading import evaluation_windows, load_config, load_model, load_tokenizer
 from lowbit.merging.measure import Measured
 from lowbit.progress import RunProgress
 
@@ -24,6 +26,7 @@ class Comparison:
         text: as for `lowbit eval`; None for CPython's help topics.
         seqlen: tokens in a window; None for 2048, or the model's longest.
         windows: at most so many.
+        ids: the text as token ids, None until it was opened.
     """
 
     against: str
@@ -31,6 +34,32 @@ class Comparison:
     text: str | None = None
     seqlen: int | None = None
     windows: int = 16
+    ids: TokenWindows | None = None
+
+    def opened(self, path: str) -> Comparison:
+        """Returns the same with its text, so that bad input is found before the checks run.
+
+        Args:
+            path: the checkpoint. What is wrong with that itself is for the checks to say.
+
+        Raises:
+            LowbitError: the original or the text is unusable, or their vocabularies differ.
+        """
+        vocab_size = load_config(self.against).vocab_size
+        text = self.text or DEFAULT_TEXT
+        try:
+            load_config(path)
+            if Path(text).suffix.lower() not in TOKEN_SUFFIXES:
+                load_tokenizer(path)
+        except LowbitError:
+            return self
+        ids = evaluation_windows(path, text, self.seqlen, self.windows)
+        if int(ids.ids.max()) >= vocab_size:
+            raise LowbitError(
+                f"--against {self.against}: its vocabulary of {vocab_size} lacks tokens of the "
+                "model; give the checkpoint that the model was quantized from"
+            )
+        return replace(self, ids=ids)
 
 
 def measure_divergence(
@@ -50,13 +79,9 @@ def measure_divergence(
     from lowbit_eval import evaluate
 
     against, text = comparison.against, comparison.text or DEFAULT_TEXT
-    windows = evaluation_windows(path, text, comparison.seqlen, comparison.windows)
-    vocab_size = load_config(against).vocab_size
-    if int(windows.ids.max()) >= vocab_size:
-        raise LowbitError(
-            f"--against {against}: its vocabulary of {vocab_size} lacks tokens of the model; give "
-            "the checkpoint that the model was quantized from"
-        )
+    windows = comparison.ids
+    if windows is None:  # something is wrong with the model's own files, and nothing saw it
+        windows = evaluation_windows(path, text, comparison.seqlen, comparison.windows)
     bar.stage("measuring", len(windows))
     model, original = load_model(path, device=device), load_model(against, device=device)
     result = evaluate(model, windows, original, advance=lambda: bar.advance(1))

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.checkpoint import Checkpoint, TensorEntry, write_json
+from lowbit.checkpoint import Checkpoint, TensorEntry
 from lowbit.checkpoint.journal import CHECKSUM, JOURNAL_NAME
 from lowbit.checkpoint.manifest import read_manifest
-from lowbit.checkpoint.mark import MARK, marked_config, real_config
 from lowbit.checkpoint.reader import CONFIG_NAME, IN_PROGRESS, read_json
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats.model_view import ModelView
+from lowbit.formats.reading import gguf_file, open_checkpoint
 from lowbit.formats.table import layout_of
 from lowbit.models.foreign import one_sentence
 from lowbit.progress import RunProgress
 from lowbit.verification.decoded import DecodedCheckpoint, DecodedDecoder, Inspector
 from lowbit.verification.divergence import Comparison, judge, measure_divergence
 from lowbit.verification.kernels import KernelDecoder
+from lowbit.verification.marking import GGUF, clear_mark, mark, without_mark
 from lowbit.verification.probe import Outcome, compare_with_model, probe_ids, run_probe
 from lowbit.verification.report import Check, Checks, Report, listed
 from lowbit.verification.stored import (
@@ -33,10 +32,6 @@ from lowbit.verification.stored import (
     check_quantized,
     not_finite,
 )
-
-GGUF = ".gguf"
-# A file has no config.json to be marked in: it gets another name, which no loader looks for.
-BAD = ".bad"
 
 
 def verify(
@@ -56,7 +51,7 @@ def verify(
     """Returns what is right and wrong about a checkpoint; nothing is written.
 
     Args:
-        path: folder of a checkpoint in any format here, or a GGUF file.
+        path: folder of a checkpoint in any format here, or a GGUF file or the folder of one.
         against: also measure the divergence from this original; both models are in memory then.
         max_kl: its limit, mean nats per token.
         text: what to measure on, as for `lowbit eval`; None for CPython's help topics.
@@ -72,15 +67,18 @@ def verify(
         LowbitError: there is no checkpoint, it is unfinished, or of an unknown kind. What is wrong
             with one is in the report.
     """
-    path = Path(path)
+    path = gguf_file(path) or Path(path)
     if max_kl is not None and against is None:
         raise LowbitError("--max-kl is a limit for the divergence from an original; add --against")
     where = device or torch.device("cpu")
-    with RunProgress(progress) as bar, _without_mark(path) as directory:
-        verification = _Verification(directory, probe, model, where, bar)
-        report = verification.run_file(written) if directory.suffix == GGUF else verification.run()
+    with RunProgress(progress) as bar, without_mark(path) as directory:
+        comparison = None
         if against is not None:
-            comparison = Comparison(against, max_kl, text, seqlen, windows)
+            comparison = Comparison(against, max_kl, text, seqlen, windows).opened(str(directory))
+        verification = _Verification(directory, probe, model, where, bar)
+        in_file = directory.suffix == GGUF and not directory.is_dir()
+        report = verification.run_file(written) if in_file else verification.run()
+        if comparison is not None:
             report = _compared(report, comparison, str(directory), where, bar)
     return _named(report, directory, path)
 
@@ -107,70 +105,16 @@ def gate(
             reader takes it.
     """
     report = verify(path, model=model, written=written, device=device, progress=progress)
-    settle_mark(report)
     if report.ok:
+        clear_mark(report)
         return report
+    marked = mark(report)
     name, detail = next(iter(report.failed.items()))
     more = f", and {len(report.failed) - 1} other checks" if len(report.failed) > 1 else ""
-    marked = f"{path}{BAD}" if Path(path).suffix == GGUF else path
     raise VerificationError(
         f"{path}: was written, but fails verification ({name}: {detail}{more}); it is marked, so "
         f"nothing loads it, and all files are kept for `lowbit verify {marked}`"
     )
-
-
-def settle_mark(report: Report) -> bool:
-    """Marks a checkpoint that failed, or clears the mark of one that passed.
-
-    Returns whether anything was changed.
-    """
-    if report.path.suffix in (GGUF, BAD) and report.path.is_file():
-        if report.ok == (report.path.suffix == GGUF):
-            return False
-        name = report.path.name
-        report.path.rename(
-            report.path.with_name(name.removesuffix(BAD) if report.ok else name + BAD)
-        )
-        return True
-    file = report.path / CONFIG_NAME
-    if not file.is_file():
-        return False
-    try:
-        config = read_json(file, "")
-    except LowbitError:
-        return False  # what cannot be read needs no mark
-    if report.ok:
-        if MARK in config:
-            write_json(file, real_config(report.path, config))
-        return MARK in config
-    write_json(file, marked_config(config, report.failed))
-    return True
-
-
-@contextmanager
-def _without_mark(path: Path) -> Iterator[Path]:
-    """Yields a folder that every loader takes for the checkpoint: of a marked one, a copy in links.
-
-    The mark itself stays until everything has passed; a run that is killed must not clear it.
-    """
-    if path.name.endswith(GGUF + BAD) and path.is_file():
-        with tempfile.TemporaryDirectory(prefix="lowbit-verify-") as folder:
-            link = Path(folder) / path.name.removesuffix(BAD)
-            link.symlink_to(path.resolve())
-            yield link
-        return
-    if not path.is_dir() or MARK not in read_json(path / CONFIG_NAME, "a checkpoint has one"):
-        yield path
-        return
-    config = real_config(path, read_json(path / CONFIG_NAME, ""))
-    with tempfile.TemporaryDirectory(prefix="lowbit-verify-") as folder:
-        copy = Path(folder) / path.resolve().name
-        copy.mkdir()
-        for file in path.resolve().iterdir():
-            if file.name != CONFIG_NAME:
-                (copy / file.name).symlink_to(file)
-        write_json(copy / CONFIG_NAME, config)
-        yield copy
 
 
 def _named(report: Report, directory: Path, path: Path) -> Report:
@@ -222,7 +166,6 @@ class _Verification:
     def run_file(self, written: Mapping[str, str] | None) -> Report:
         """Returns the report of a GGUF file, which has checks of its own and then the same."""
         from lowbit.formats.gguf import verify_file
-        from lowbit.formats.reading import open_checkpoint
 
         if not self.directory.is_file():
             raise LowbitError(f"{self.directory}: no such file; give a GGUF file or a folder")
