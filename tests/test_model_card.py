@@ -169,10 +169,12 @@ def test_a_file_of_a_model_in_16_bits_is_quantized_and_made_again(
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_hub_is_told_that_a_file_is_quantized(made: Path, tmp_path: Path) -> None:
+def test_the_hub_is_told_that_a_file_is_quantized(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    source = next((made / "models--meta--tiny-llama" / "snapshots").iterdir())
-    for kind, relation in (("Q6_K", "quantized"), ("BF16", "finetune")):
+    source = tmp_path / "models--meta--m" / "snapshots" / "abc"
+    changes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
+    make_tiny("llama", torch.bfloat16, **changes).save_pretrained(source)
+    for kind, relation in (("Q4_K", "quantized"), ("BF16", "finetune")):
         options = GgufOptions(kind)
         lowbit.convert(source, tmp_path / kind, "gguf", gguf=options, verify=False, progress=False)
         assert metadata_load(tmp_path / kind / "README.md")["base_model_relation"] == relation
