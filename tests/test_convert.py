@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,21 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (models / "x").exists()
+
+
+@pytest.mark.parametrize("depth", [-1, 0])
+def test_a_model_of_no_blocks_is_refused_before_anything_is_written(
+    models: Path, tmp_path: Path, depth: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(quantized(models, "W4A16_G32"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": depth}))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["convert", str(source), str(tmp_path / "out"), "--to", "bf16"])
+    assert exit_info.value.code == 2
+    assert f"says {depth} blocks, needed at least 1" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_prints_a_summary(

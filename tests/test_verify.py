@@ -433,6 +433,16 @@ def test_the_release_gate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert verify(made / "W4A16_G32").ok
 
 
+@pytest.mark.parametrize("names", [[[{}]], [{}], [[["x"]]], [1, None]])
+def test_lists_of_names_that_hold_none(made: Path, tmp_path: Path, names: object) -> None:
+    out = tmp_path / "gptq"
+    shutil.copytree(made / "gptq", out)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["modules_in_block_to_quantize"] = names
+    (out / "config.json").write_text(json.dumps(config))
+    assert verify(out, probe=False).ok
+
+
 @pytest.fixture(scope="module")
 def no_tokenizer(made: Path) -> Path:
     """Returns a checkpoint of no tokenizer, as GGUF takes one of these vocabularies."""

@@ -222,7 +222,15 @@ def _groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
         targets = setting(group, "targets", list, [])
         if not all(isinstance(t, str) and len(t) <= MAX_PATTERN for t in targets):
             raise LowbitError("config.json: a target of config_groups is not a short text")
+        _require_patterns(targets, "targets")
+    _require_patterns(setting(quantization, "ignore", list, []), "ignore")
     return groups
+
+
+def _require_patterns(names: list[Any], field: str) -> None:
+    for name in names:
+        if isinstance(name, str) and name.startswith("re:"):
+            patterns.require_pattern(name.removeprefix("re:"), f"config.json: {field}")
 
 
 def _group_of(name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:

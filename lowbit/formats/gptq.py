@@ -287,6 +287,9 @@ def _rules(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for pattern, override in rules.items():
         if not isinstance(override, dict) or len(pattern) > MAX_PATTERN:
             raise LowbitError(f"config.json: dynamic {pattern[:60]!r} is no rule of GPTQModel")
+        patterns.require_pattern(
+            pattern.removeprefix("+:").removeprefix("-:"), "config.json: dynamic"
+        )
     return rules
 
 

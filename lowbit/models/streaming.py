@@ -308,6 +308,11 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         if checkpoint.config.get("tie_word_embeddings") is False:
             config.tie_word_embeddings = False  # a merge may part what the file ties
         depth = config.get_text_config(decoder=True).num_hidden_layers
+        if depth < 1:
+            raise LowbitError(
+                f"{checkpoint.path}: config.json says {depth} blocks, needed at least 1; fetch it "
+                "again"
+            )
         if depth > len(checkpoint.entries):
             raise LowbitError(
                 f"{checkpoint.path}: config.json says {depth} blocks, but there are only "

@@ -20,7 +20,8 @@ def left_out(layout: str, quantization: Mapping[str, Any]) -> Callable[[str], bo
     """Returns what says of a module whether the config leaves it in 16 bits.
 
     Loaders differ in how they match names; here a name in the list counts where it is the module's
-    or some consecutive dotted parts of it, and a pattern (`re:`, `-:`) where it matches.
+    or some consecutive dotted parts of it, and a pattern (`re:` of compressed-tensors, `-:` of
+    GPTQ) where it matches.
 
     Args:
         layout: name of the format.
@@ -34,8 +35,10 @@ def left_out(layout: str, quantization: Mapping[str, Any]) -> Callable[[str], bo
     listed = setting(quantization, _LISTS[layout], (list, str), []) if layout in _LISTS else []
     # bitsandbytes leaves the head out where nothing is listed; the head is in no block.
     names = [listed] if isinstance(listed, str) else [n for n in listed if isinstance(n, str)]
-    plain = [name for name in names if not name.startswith("re:")]
-    rules = [name.removeprefix("re:") for name in names if name.startswith("re:")]
+    prefix = "re:" if layout == "compressed-tensors" else None  # the others know names alone
+    patterned = [name for name in names if prefix and name.startswith(prefix)]
+    plain = [name for name in names if name not in patterned]
+    rules = [name.removeprefix("re:") for name in patterned]
 
     def answer(module: str) -> bool:
         dotted = any(f".{name}." in f".{module}." for name in plain if name)
@@ -48,7 +51,8 @@ def _left_out_by_gptq(quantization: Mapping[str, Any]) -> Callable[[str], bool]:
     rules = setting(quantization, "dynamic", dict, {})
     without = [rule.removeprefix("-:") for rule in rules if rule.startswith("-:")]
     inside = setting(quantization, "modules_in_block_to_quantize", list, [])
-    wanted = {name for group in inside for name in (group if isinstance(group, list) else [group])}
+    flat = [name for group in inside for name in (group if isinstance(group, list) else [group])]
+    wanted = {name for name in flat if isinstance(name, str)}
 
     def answer(module: str) -> bool:
         chosen = not wanted or any(module.endswith(f".{name}") for name in wanted)
