@@ -292,6 +292,22 @@ def test_the_command_prints_what_it_measured(
     assert all(word in out for word in ("W8A16_CHANNEL", "perplexity before", "KL"))
 
 
+@pytest.mark.parametrize("to", ["bf16", "W4A16_G64"])
+def test_a_damaged_base_is_refused(
+    pair: tuple[Path, Path], to: str, tmp_path: Path, capsys: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pair[0], base)
+    file = next(base.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    options = ("--no-measure", "--device", "cpu", "--to", to)
+    status, _, error = run(capsys, base, pair[1], tmp_path / "out", *options)
+    assert status == 2
+    assert "is not the file that was written" in " ".join(error.split())
+
+
 def refused_configs() -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "other": ({"peft_type": "LOHA"}, "LOHA"),
