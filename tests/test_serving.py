@@ -91,7 +91,7 @@ def test_a_finished_run_is_finished_when_resumed_and_another_one_is_refused(
         with pytest.raises(KeyboardInterrupt):
             made("W4A16_G32", False)
     assert (tmp_path / "out.quantized" / "config.json").exists()
-    with pytest.raises(LowbitError, match="unfinished run; add --resume"):
+    with pytest.raises(LowbitError, match=r"out: holds an unfinished run.*; add --resume"):
         made("W4A16_G32", False)
     assert made("W4A16_G32", True) == out
     assert not (tmp_path / "out.quantized").exists()
@@ -244,7 +244,7 @@ def test_an_interrupted_file_is_finished_with_resume(
     (tmp_path / f"{out.name}.tmp").write_bytes(b"half")
     status, _, said = run(capsys, *command)
     assert status == 2
-    assert re.search(rf"{out}: was interrupted.*add --resume", said.replace("\n", " "))
+    assert re.search(rf"{out}: holds an unfinished run.*add --resume", said.replace("\n", " "))
     status, _, said = run(capsys, *command, "--resume")
     assert status == 0, said
     file = out if output == "m.gguf" else out / "model.gguf"

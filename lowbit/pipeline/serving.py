@@ -215,8 +215,8 @@ def check_output(checkpoint: Checkpoint, output: Path, target: Target | None, re
     unfinished = layout != Lowbit.name and staging.is_dir() and any(staging.iterdir())
     if unfinished and not resume:
         raise LowbitError(
-            f"{output}: was interrupted before it was whole, and {staging} has what is finished; "
-            "add --resume to go on with it"
+            f"{output}: holds an unfinished run (what is finished is kept in {staging}); add "
+            "--resume to go on with it"
         )
     if layout != Gguf.name:
         check_places(checkpoint, output, resume)
