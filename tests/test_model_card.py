@@ -14,6 +14,7 @@ from tiny_models import make_tiny
 
 import lowbit
 from lowbit.algorithms import make_algorithm
+from lowbit.allocation.allocate import OPTIONS
 from lowbit.checkpoint import Checkpoint
 from lowbit.checkpoint.journal import MANIFEST_NAME
 from lowbit.cli import main
@@ -191,6 +192,11 @@ def test_options_of_an_algorithm_are_in_the_command(made: Path, tmp_path: Path) 
     rerun(line, {"meta/tiny-llama": source, "OUTPUT": tmp_path / "again"})
     for file in first.glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    chosen = {"target_bits": 4.5, "options": ["W4A16_G32", "W8A16_G32"], "fused": False}
+    (line,) = commands({**manifest, "allocation": chosen})
+    assert line.endswith("--target-bits 4.5 --choice W4A16_G32 --choice W8A16_G32 --unfused")
+    (line,) = commands({**manifest, "allocation": {"target_bits": 4.5, "options": [*OPTIONS]}})
+    assert line.endswith("--target-bits 4.5")
     # What only Python can ask for has no command, and neither has what was made of it.
     manifest["fingerprint"]["options"]["recipe"] = {"mismatch": True}
     assert commands(manifest) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.algorithms import algorithm_options, make_algorithm
+from lowbit.allocation.allocate import OPTIONS
 from lowbit.model_card.origin import ORIGIN
 from lowbit.recipe import FOLDING, PRESETS, Recipe
 from lowbit.scheme import Scheme
@@ -95,6 +96,11 @@ def _quantize(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> Iterat
         for key in ("target_bits", "target_size"):
             if allocation.get(key) is not None:
                 yield from (f"--{key.replace('_', '-')}", str(allocation[key]))
+        choices = allocation.get("options", OPTIONS)
+        for choice in choices if set(choices) != set(OPTIONS) else ():
+            yield from ("--choice", str(choice))
+        if allocation.get("fused") is False:
+            yield "--unfused"
     else:
         for pattern, scheme in options.get("dynamic", ()):
             yield from ("--dynamic", f"{pattern}={'none' if scheme is None else scheme}")
