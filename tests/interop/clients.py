@@ -8,6 +8,7 @@ import json
 import os
 import select
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def started(interpreter: str) -> subprocess.Popen[str]:
     """Returns a client that waits for requests, one for all tests: importing takes longer."""
     process = subprocess.Popen(
         [interpreter, str(PROGRAM)],
+        cwd=tempfile.gettempdir(),  # GPTQModel writes its logs where it runs
         env={
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
